@@ -1,0 +1,98 @@
+"""The command line: `nabla-rl <verb>`, and the one-line errors of every script.
+
+Heavy libraries are imported by the verb that needs them, so that `nabla-rl --help` is quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from nabla_rl.types import UserError
+
+VERBS = {
+    "decode": "decode problems with ∇-Reasoner and its rivals, with every cost counted",
+    "train-tiny": "make one of the embedded tiny models",
+}
+USAGE = """usage: nabla-rl <verb> [options]
+
+Gradient descent on a sample at test time, and the reinforcement learning that it is the dual of.
+
+verbs:
+{verbs}
+
+`nabla-rl <verb> --help` lists a verb's options."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the `nabla-rl` command. Returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    usage = USAGE.format(verbs="\n".join(f"  {name:<12}{text}" for name, text in VERBS.items()))
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage)  # noqa: T201
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb == "--version":
+        from importlib.metadata import version
+
+        print(version("nabla-rl"))  # noqa: T201
+        return 0
+    if verb not in VERBS:
+        return complain(f"nabla-rl: expected a verb ({', '.join(VERBS)}), found {verb!r}. See nabla-rl --help.")
+    return decode(rest) if verb == "decode" else train_tiny(rest)
+
+
+def decode(arguments: Sequence[str] | None = None) -> int:
+    """`nabla-rl decode`, `python scripts/decode.py`."""
+    return run(lambda rest: _modules().decode_cli.main(rest), arguments)
+
+
+def train_tiny(arguments: Sequence[str] | None = None) -> int:
+    """`nabla-rl train-tiny`, `python scripts/train_tiny.py`."""
+    return run(lambda rest: _modules().train_tiny_cli.main(rest), arguments)
+
+
+def _modules():
+    import nabla_rl.modules.decode_cli
+    import nabla_rl.modules.train_tiny_cli
+
+    return nabla_rl.modules
+
+
+def run(verb: Callable[[list[str]], int], arguments: Sequence[str] | None) -> int:
+    """Run a verb; what is wrong with the input becomes one line and exit code 2."""
+    quiet()
+    from jsonargparse import ArgumentError
+
+    try:
+        return verb(list(sys.argv[1:] if arguments is None else arguments))
+    except (UserError, ArgumentError) as error:
+        return complain(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        complain("interrupted. What is finished is kept; the same command goes on from there.")
+        return 130
+
+
+def complain(message: str) -> int:
+    """Print one line to the error stream; the exit code for bad input."""
+    print(f"error: {message}", file=sys.stderr)  # noqa: T201
+    return 2
+
+
+def quiet() -> None:
+    """Keep the libraries' own notices out of a run's output."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", module=r"(lightning|torch|jsonargparse)\b.*")
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""The problems of a run as a Lightning data module: the tiny world's own, or a JSONL file."""
+
+from __future__ import annotations
+
+import warnings
+from itertools import islice
+from typing import Literal
+
+import lightning as L
+from torch.utils.data import DataLoader
+
+from nabla_rl.data.problems import Extract, Grader, Problem, check_unique, extract_boxed, extract_line
+from nabla_rl.data.problems import grade_boxed, grade_exact, read_jsonl
+from nabla_rl.data.tiny import FAMILIES, generate
+from nabla_rl.types import UserError
+
+READERS: dict[str, tuple[Extract, Grader]] = {
+    "boxed": (extract_boxed, grade_boxed),
+    "exact": (extract_line, grade_exact),
+}
+
+
+class ProblemData(L.LightningDataModule):
+    """What is to be solved.
+
+    Args:
+        family: which tiny world: words (word problems) or sorting. It also names the embedded models.
+        split: validation, test, or hard (more steps than training ever has); train for making distillation data.
+        limit: problems at most.
+        problem_seed: another draw of problems from the same templates. Never training ones, unless split is train.
+        path: a JSONL file of your own (fields id, problem, optional answer) instead of the tiny world.
+        answers: how answers are read and graded: boxed (math-verify on the last boxed answer), exact (the whole completion).
+            Default: as the family does.
+        skip_bad: leave malformed lines of `path` out instead of refusing the file.
+        batch_size: problems decoded side by side. Results do not depend on it.
+    """
+
+    def __init__(
+        self,
+        family: Literal["words", "sorting"] = "words",
+        split: Literal["train", "validation", "test", "hard"] = "test",
+        limit: int = 64,
+        problem_seed: int = 0,
+        path: str | None = None,
+        answers: Literal["boxed", "exact"] | None = None,
+        skip_bad: bool = False,
+        batch_size: int = 16,
+    ):
+        super().__init__()
+        for name, value in (("limit", limit), ("batch_size", batch_size)):
+            if value < 1:
+                raise UserError(f"--data.{name}: expected at least 1, found {value}.")
+        self.family = FAMILIES[family]
+        self.split, self.limit, self.problem_seed, self.path = split, limit, problem_seed, path
+        self.skip_bad, self.batch_size = skip_bad, batch_size
+        own = (self.family.extract, self.family.grade)
+        self.extract, self.grade = READERS[answers] if answers is not None else own
+        self.problems = self._load()
+
+    def _load(self) -> list[Problem]:
+        if self.path is None:
+            return list(islice(generate(self.family, self.split, self.problem_seed), self.limit))
+        problems, complaints = read_jsonl(self.path, skip_bad=self.skip_bad)
+        for complaint in complaints:
+            warnings.warn(f"left out: {complaint}", stacklevel=2)
+        check_unique(problems)
+        return problems[: self.limit]
+
+    def predict_dataloader(self) -> DataLoader:
+        """Batches of problems, in order."""
+        return DataLoader(self.problems, batch_size=self.batch_size, shuffle=False, collate_fn=list)  # pyright: ignore

@@ -1,0 +1,128 @@
+"""Problems: what is asked, how a prompt is written, how an answer is graded.
+
+A problem comes from the embedded tiny world (`nabla_rl.data.tiny`) or from a JSONL file of the user's own. Grading is exact:
+math-verify for `\\boxed{}` answers, string equality for the sorting family.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nabla_rl.types import UserError
+
+Grader = Callable[[str, str], bool]
+"""`grader(completion, answer)`: is the completion's final answer right?"""
+Extract = Callable[[str], str | None]
+"""Reads the answer out of a completion: what votes are counted over."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question. `answer` is None where it is unknown: such a problem is decoded but not graded."""
+
+    id: str
+    problem: str
+    answer: str | None = None
+    solution: str | None = None
+
+
+def extract_boxed(text: str) -> str | None:
+    """The content of the last complete `\\boxed{...}` of `text` (braces balanced), or None."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth, begin = 1, start + len("\\boxed{")
+    for index in range(begin, len(text)):
+        depth += (text[index] == "{") - (text[index] == "}")
+        if depth == 0:
+            return text[begin:index].strip()
+    return None
+
+
+def extract_line(text: str) -> str | None:
+    """The completion without surrounding blanks: the whole completion is the answer (the sorting family)."""
+    return text.strip() or None
+
+
+def grade_boxed(completion: str, answer: str) -> bool:
+    """Is the last boxed answer mathematically equal to `answer`, by math-verify? Plain integers skip the parser."""
+    found = extract_boxed(completion)
+    if found is None:
+        return False
+    if re.fullmatch(r"-?\d+", found) and re.fullmatch(r"-?\d+", answer.strip()):
+        return int(found) == int(answer)
+    from math_verify import parse, verify
+
+    gold = parse(f"${answer}$")
+    return bool(gold) and verify(gold, parse(f"$\\boxed{{{found}}}$"))
+
+
+def grade_exact(completion: str, answer: str) -> bool:
+    """Is the completion, without surrounding blanks, the answer to the letter?"""
+    return completion.strip() == answer.strip()
+
+
+def read_jsonl(path: str | Path, *, skip_bad: bool = False) -> tuple[list[Problem], list[str]]:
+    """Read problems from a JSONL file with fields `id`, `problem` and optionally `answer` and `solution`.
+
+    Args:
+        path: the file; one JSON object per line, blank lines ignored. A missing `id` becomes the line number.
+        skip_bad: leave malformed lines out (their complaints are returned) instead of refusing the file.
+
+    Returns:
+        The problems in file order, and one complaint per line left out.
+
+    Raises:
+        UserError: the file is missing or empty, or a line is bad and `skip_bad` is off; the line number is named.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"--data.path: expected a JSONL file, found nothing at '{path}'. Check the path.")
+    problems: list[Problem] = []
+    complaints: list[str] = []
+    seen: dict[str, int] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        complaint = _read_line(line, number, seen, problems)
+        if complaint is not None:
+            complaints.append(f"{path}, line {number}: {complaint}")
+    if complaints and not skip_bad:
+        more = f" ({len(complaints)} bad lines in all)" if len(complaints) > 1 else ""
+        raise UserError(f"{complaints[0]}{more} Mend the line, or pass --data.skip_bad true to decode the others.")
+    if not problems:
+        raise UserError(f"{path}: expected at least one problem, found none. Each line is one JSON object.")
+    return problems, complaints
+
+
+def _read_line(line: str, number: int, seen: dict[str, int], problems: list[Problem]) -> str | None:
+    """Append the line's problem to `problems`; return a complaint instead where the line is bad."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        return f"expected JSON, found {line.strip()[:40]!r} ({error.msg} at column {error.colno})."
+    if not isinstance(record, dict) or "problem" not in record:
+        return "expected an object with the field `problem`, found none."
+    text, answer, solution = record["problem"], record.get("answer"), record.get("solution")
+    if not isinstance(text, str) or not text.strip():
+        return f"expected `problem` to be a non-empty string, found {text!r}."
+    key = str(record.get("id", number))
+    if key in seen:
+        return f"expected a new id, found {key!r} again (first on line {seen[key]})."
+    seen[key] = number
+    as_text = (None if value is None else str(value) for value in (answer, solution))
+    problems.append(Problem(key, text, *as_text))
+    return None
+
+
+def check_unique(problems: Sequence[Problem]) -> None:
+    """Raise UserError when two problems share an id: results are keyed by it."""
+    seen: set[str] = set()
+    for problem in problems:
+        if problem.id in seen:
+            raise UserError(f"problems: expected unique ids, found {problem.id!r} twice. Rename one.")
+        seen.add(problem.id)

@@ -1,0 +1,95 @@
+"""Best-of-n: draw n completions and choose one by reward, by energy, or by a vote weighted with the reward."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from nabla_rl.data.problems import Extract, Problem, extract_boxed
+from nabla_rl.decoding.base import (
+    AbstractDecoder,
+    Candidate,
+    Decoded,
+    Sampling,
+    candidates,
+    decoded,
+    draw_rollouts,
+    energies,
+    prefill,
+    require_reward,
+    score_rollouts,
+)
+from nabla_rl.ledger import Ledger
+from nabla_rl.models.policy import Policy
+from nabla_rl.rewards.base import AbstractReward
+
+Choice = Literal["energy", "reward", "weighted_vote"]
+
+
+def choose_by_energy(tried: Sequence[Candidate], beta: float, extract: Extract) -> int:
+    """The candidate of lowest energy -r/β - log π: the likeliest under the tilted policy."""
+    del extract
+    return int(energies(tried, beta).argmin())
+
+
+def choose_by_reward(tried: Sequence[Candidate], beta: float, extract: Extract) -> int:
+    """The candidate of highest reward."""
+    del beta, extract
+    return max(range(len(tried)), key=lambda index: tried[index].reward or 0.0)
+
+
+def choose_by_weighted_vote(tried: Sequence[Candidate], beta: float, extract: Extract) -> int:
+    """The best candidate of the answer with most weight, a candidate weighing σ(r).
+
+    With a reward that is the log-odds of being right, σ(r) is the probability of it.
+    """
+    del beta
+    weights = torch.tensor([c.reward for c in tried], dtype=torch.float64).sigmoid().tolist()
+    totals: dict[str | None, float] = defaultdict(float)
+    for candidate, weight in zip(tried, weights, strict=True):
+        totals[extract(candidate.text)] += weight
+    totals.pop(None, None)
+    if not totals:
+        return max(range(len(tried)), key=weights.__getitem__)
+    answer = max(totals, key=totals.__getitem__)
+    voters = [index for index, c in enumerate(tried) if extract(c.text) == answer]
+    return max(voters, key=weights.__getitem__)
+
+
+CHOICES: dict[Choice, Callable[[Sequence[Candidate], float, Extract], int]] = {
+    "energy": choose_by_energy,
+    "reward": choose_by_reward,
+    "weighted_vote": choose_by_weighted_vote,
+}
+
+
+@dataclass(frozen=True)
+class BestOfN(AbstractDecoder):
+    """The best of n samples; see `CHOICES` for what best means."""
+
+    n: int = 8
+    choose_by: Choice = "energy"
+    beta: float = 1.0
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int = 0
+    extract: Extract = extract_boxed
+    name: str = "best_of_n"
+
+    def decode(
+        self, problems: Sequence[Problem], policy: Policy, reward: AbstractReward | None, ledger: Ledger
+    ) -> list[Decoded]:
+        reward = require_reward(self.name, reward)
+        prefix = prefill(problems, policy, ledger, self.sampling.max_new_tokens)
+        rollout = draw_rollouts(problems, policy, prefix, self.sampling, n=self.n, seed=self.seed)
+        rewards, _ = score_rollouts(problems, reward, rollout.ids, rollout.mask, ledger)
+        tried, finished = candidates(policy, rollout, rewards), rollout.finished.tolist()
+        results = []
+        for index, problem in enumerate(problems):
+            rows = slice(index * self.n, (index + 1) * self.n)
+            chosen = CHOICES[self.choose_by](tried[rows], self.beta, self.extract)
+            results.append(decoded(problem, chosen, tried[rows], finished[rows][chosen]))
+        return results

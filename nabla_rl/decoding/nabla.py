@@ -1,0 +1,379 @@
+"""∇-Reasoner: gradient descent on the current completion proposes its next token; a rollout and an acceptance rule decide.
+
+    y, z ← rollout from x, with its logits
+    repeat   skip positions that the selector does not pick (they keep their token)
+             z̃ ← DTO(x, z) over the rest of the completion;  ỹ_1 ~ softmax(z̃_1 / τ_resample)
+             if ỹ_1 ≠ y_1:  ỹ ← rollout from (x, ỹ_1);  if it is accepted:  y, z ← ỹ and its logits
+             commit y_1
+    until    the completion ends, or max_rollouts are used (the rest is committed as it stands)
+
+(∇-Reasoner, arXiv 2603.04948, Algorithms 1 and 3.) Many problems advance side by side, one position of each at a time, and
+each is independent of the others. What is known is never computed again: the prefix grows without being re-encoded, an
+unchanged or rejected token keeps its rollout and logits, and the gradient at the current completion serves every position
+until the completion changes (the gradient of token i does not depend on where the prefix is said to end).
+
+Where this differs from the released code: DTO starts at the sampled rollout and not at the argmax of its logits (a constant
+offset makes the sampled token the largest); current and proposed completion are scored alike; the acceptance rate is over
+proposals; every model call is booked.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from nabla_rl import dto
+from nabla_rl.data.problems import Problem
+from nabla_rl.decoding.acceptance import RULES, Acceptance, Standing
+from nabla_rl.decoding.base import (
+    AbstractDecoder,
+    Candidate,
+    Decoded,
+    Edit,
+    Sampling,
+    draw_rollouts,
+    prefill,
+    require_reward,
+    score_rollouts,
+)
+from nabla_rl.decoding.objective import Objective, choose_support, gradient_candidates
+from nabla_rl.dto import DTOConfig, DTOState
+from nabla_rl.functional.energy import compute_energy
+from nabla_rl.functional.logps import categorical_from_uniform, compute_entropy, top_p_filter
+from nabla_rl.functional.relaxation import sample_gumbel
+from nabla_rl.functional.seeding import seeded_generator
+from nabla_rl.ledger import Ledger
+from nabla_rl.models.backbone import Prefix, Track
+from nabla_rl.models.policy import Policy, Rollout
+from nabla_rl.rewards.base import AbstractReward
+from nabla_rl.types import UserError
+
+GRADIENT_CANDIDATES = 8
+"""Tokens of each position that enter a top-k support because the first gradient likes them."""
+
+
+@dataclass
+class _Search:
+    """One problem on its way: the current completion, what is committed of it, and what is known about it."""
+
+    problem: Problem
+    account: int
+    ids: Tensor  # (length,)
+    logps: Tensor  # (length,)
+    sampling_logps: Tensor  # (length,)
+    logits: Tensor  # (length, vocab)
+    entropy: Tensor  # (length,)
+    finished: bool
+    reward: float
+    policy_track: Track
+    reward_track: Track
+    position: int = 0
+    gradient_from: int = -1  # the gradient below covers positions from here on; -1: there is none
+    gradient: Tensor | None = None  # (length - gradient_from, support), ∂L/∂y at the current completion
+    support: Tensor | None = None  # (length - gradient_from, support)
+    standing: tuple[float, float, float] = (0.0, 0.0, 0.0)  # energy, reward, logps of the suffix, as DTO saw them
+    tried: list[Candidate] = field(default_factory=list)
+    trace: list[Edit] = field(default_factory=list)
+    counts: Counter = field(default_factory=Counter)
+
+    def energy(self, beta: float) -> float:
+        return float(compute_energy(self.logps.double().sum(), torch.tensor(self.reward).double(), beta))
+
+
+@dataclass(frozen=True)
+class Nabla(AbstractDecoder):
+    """∇-Reasoner. The fields' defaults are ours; `configs/decode/published.yaml` has the paper's."""
+
+    dto: DTOConfig = field(default_factory=DTOConfig)
+    beta: float = 1.0
+    acceptance: Acceptance = "energy"
+    max_rollouts: int = 8
+    min_entropy: float = 0.25
+    min_gradient_norm: float = 0.0
+    resample_temperature: float = 1.0
+    resample_top_p: float = 1.0
+    support: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int = 0
+    name: str = "nabla"
+
+    def __post_init__(self) -> None:
+        """Check the values in the spelling of the command line."""
+        for name, low in (("max_rollouts", 1), ("min_entropy", 0), ("min_gradient_norm", 0), ("resample_temperature", 0)):
+            if self.__dict__[name] < low:
+                raise UserError(f"nabla.{name}: expected at least {low}, found {self.__dict__[name]}.")
+        if self.dto.fresh_noise:
+            raise UserError("nabla.dto.fresh_noise: expected false, found true. Decoding draws its noise once a position.")
+        if self.support is not None and self.support < 2:
+            raise UserError(f"nabla.support: expected at least 2 tokens, or null for all, found {self.support}.")
+
+    def decode(
+        self, problems: Sequence[Problem], policy: Policy, reward: AbstractReward | None, ledger: Ledger
+    ) -> list[Decoded]:
+        reward = require_reward(self.name, reward)
+        searches = self._start(problems, policy, reward, ledger)
+        active = searches
+        while active:
+            active = [search for search in active if len(search.tried) < self.max_rollouts and self._select(search)]
+            unknown = [search for search in active if search.gradient is None]
+            if unknown:
+                self._probe(unknown, policy, reward, ledger)
+                active = [search for search in active if self._select(search)]
+            if active:
+                self._advance(active, policy, reward, ledger)
+        return [_finish(search) for search in searches]
+
+    def _start(
+        self, problems: Sequence[Problem], policy: Policy, reward: AbstractReward, ledger: Ledger
+    ) -> list[_Search]:
+        prefix = prefill(problems, policy, ledger, self.sampling.max_new_tokens)
+        rollout = draw_rollouts(
+            problems, policy, prefix, self.sampling, n=1, seed=self.seed, keep_logits=True, keep_encoded=True
+        )
+        rewards, reward_tracks = score_rollouts(problems, reward, rollout.ids, rollout.mask, ledger)
+        assert rollout.encoded is not None
+        policy_tracks = rollout.encoded.tracks([0] * len(problems))
+        searches = []
+        for row, problem in enumerate(problems):
+            ids, logps, sampling_logps, logits = _row(rollout, row)
+            search = _Search(
+                problem, row, ids, logps, sampling_logps, logits, compute_entropy(logits), bool(rollout.finished[row]),
+                float(rewards[row]), policy_tracks[row], reward_tracks[row],
+            )  # fmt: skip
+            search.counts["positions"] = len(ids)
+            search.tried.append(_candidate(policy, search))
+            searches.append(search)
+        return searches
+
+    def _select(self, search: _Search) -> bool:
+        """Commit tokens up to the next position that the selector picks; False where there is none left."""
+        picked = search.entropy > self.min_entropy
+        if search.gradient is not None and self.min_gradient_norm > 0:
+            norms = torch.zeros_like(search.entropy)
+            norms[search.gradient_from :] = search.gradient.norm(dim=-1)
+            picked = picked & (norms > self.min_gradient_norm)
+        later = picked[search.position :].nonzero()
+        if len(later) == 0:
+            return False
+        search.position += int(later[0])
+        return True
+
+    def _objective(
+        self, searches: list[_Search], policy: Policy, reward: AbstractReward, support: Tensor | None
+    ) -> Objective:
+        """The energy of what is not committed yet."""
+        lengths = torch.tensor([len(s.ids) - s.position for s in searches], device=policy.device)
+        mask = torch.arange(int(lengths.max()), device=policy.device) < lengths[:, None]
+        return Objective(
+            policy,
+            reward,
+            Prefix.cat([s.policy_track.prefix_at(s.position) for s in searches]),
+            Prefix.cat([s.reward_track.prefix_at(s.position) for s in searches]),
+            mask,
+            support,
+            hard=self.dto.relaxation != "softmax",
+        )
+
+    def _config(self) -> DTOConfig:
+        return replace(self.dto, beta=self.beta)
+
+    def _probe(self, searches: list[_Search], policy: Policy, reward: AbstractReward, ledger: Ledger) -> None:
+        """∂L/∂y at the current completion, for every position that is not committed, and the support to work on."""
+        ids = pad_sequence([s.ids[s.position :] for s in searches], batch_first=True)
+        logits = pad_sequence([s.logits[s.position :] for s in searches], batch_first=True)
+        with ledger.phase("probe"):
+            support = None
+            objective = self._objective(searches, policy, reward, None)
+            if self.support is not None and self.support < logits.shape[-1]:
+                num = min(GRADIENT_CANDIDATES, self.support - 1)
+                candidates = gradient_candidates(objective, ids, logits, self.beta, num) if num else None
+                support = choose_support(logits, ids, self.support, candidates)
+                objective.support = support
+                logits = logits.gather(-1, support)
+            state = dto.init(logits, objective.mask, self._config())
+            state = _start_at(state, ids if support is None else (support == ids[..., None]).int().argmax(-1))
+            # one update is made and thrown away: what is wanted is the gradient that it evaluates
+            state, _ = dto.step(state, objective.log_probs, objective.rewards, self._config())
+        assert state.gradient is not None
+        for row, search in enumerate(searches):
+            real = objective.mask[row]
+            search.gradient, search.gradient_from = state.gradient[row, real], search.position
+            search.support = None if support is None else support[row, real]
+            search.standing = (float(state.energy[row]), float(state.reward[row]), float(state.logps[row]))
+            search.counts["probes"] += 1
+
+    def _advance(self, searches: list[_Search], policy: Policy, reward: AbstractReward, ledger: Ledger) -> None:
+        """DTO at each search's position, a new token for it, a rollout where the token changed, and the decision."""
+        z_first, supports, norms = self._optimise(searches, policy, reward, ledger)
+        changed, tokens, first_logps = [], [], []
+        for search, z, support, norm in zip(searches, z_first, supports, norms, strict=True):
+            search.counts["visited"] += 1
+            current = int(search.ids[search.position])
+            generator = seeded_generator(self.seed, search.problem.id, "resample", search.position, len(search.tried))
+            if self.resample_temperature == 0:
+                index, logps = z.argmax(), torch.zeros_like(z)
+            else:
+                filtered = top_p_filter(z[None] / self.resample_temperature, self.resample_top_p)
+                index = categorical_from_uniform(filtered, torch.rand(1, generator=generator).to(z.device))[0]
+                logps = filtered[0].log_softmax(-1)
+            token = int(index if support is None else support[index])
+            if token == current:
+                search.counts["unchanged"] += 1
+                search.position += 1
+                continue
+            old = current if support is None else int((support == current).int().argmax())
+            changed.append((search, float(norm)))
+            tokens.append(token)
+            first_logps.append((float(logps[index]), float(logps[old])))
+        if changed:
+            self._propose(changed, tokens, first_logps, policy, reward, ledger)
+
+    def _optimise(
+        self, searches: list[_Search], policy: Policy, reward: AbstractReward, ledger: Ledger
+    ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor]]:
+        """The optimised logits z̃_1 of each search's position, their token ids, and ‖∂L/∂y_1‖."""
+        config = self._config()
+        gradients, supports = [], []
+        for search in searches:
+            assert search.gradient is not None
+            done = search.position - search.gradient_from
+            gradients.append(search.gradient[done:])
+            supports.append(None if search.support is None else search.support[done:])
+        gradient = pad_sequence(gradients, batch_first=True)
+        ids = pad_sequence([s.ids[s.position :] for s in searches], batch_first=True)
+        logits = pad_sequence([s.logits[s.position :] for s in searches], batch_first=True)
+        support = None if supports[0] is None else pad_sequence(supports, batch_first=True)
+        if support is not None:
+            logits = logits.gather(-1, support)
+        firsts = [None if s is None else s[0] for s in supports]
+        if config.num_steps == 0:
+            return list(logits[:, 0]), firsts, [g[0].norm() for g in gradients]
+        objective = self._objective(searches, policy, reward, support)
+        state = dto.init(logits, objective.mask, config)
+        start = ids if support is None else (support == ids[..., None]).int().argmax(-1)
+        if config.relaxation == "straight_through":
+            state = _start_at(state, start)
+            # the gradient at the current completion is known: the first steps need no model
+            energy, value, logps = (torch.tensor(x, device=policy.device) for x in zip(*(s.standing for s in searches), strict=True))
+            state = state._replace(
+                gradient=gradient, energy=energy, reward=value, logps=logps, stale=torch.zeros_like(state.stale)
+            )
+        elif state.noise is not None:
+            keys = [(self.seed, s.problem.id, "noise", s.position, len(s.tried)) for s in searches]
+            drawn = [sample_gumbel(noise.shape, seeded_generator(*key)) for noise, key in zip(state.noise, keys, strict=True)]
+            noise = torch.stack(drawn).to(logits)
+            state = state._replace(noise=noise, tokens=(state.logits + noise).argmax(-1))
+        with ledger.phase("dto"):
+            for _ in range(config.num_steps):
+                state, info = dto.step(state, objective.log_probs, objective.rewards, config, donate=True)
+                for search, evaluated, flips in zip(searches, info.evaluated.tolist(), info.flips.tolist(), strict=True):
+                    search.counts["dto_steps"] += 1
+                    search.counts["dto_evaluations"] += int(evaluated)
+                    search.counts["flips"] += int(flips)
+                served = [s.account for s, evaluated in zip(searches, info.evaluated.tolist(), strict=True) if not evaluated]
+                ledger.record_cached(torch.tensor(served, dtype=torch.int64))
+        return list(state.logits[:, 0]), firsts, [g[0].norm() for g in gradients]
+
+    def _propose(
+        self,
+        changed: list[tuple[_Search, float]],
+        tokens: list[int],
+        first_logps: list[tuple[float, float]],
+        policy: Policy,
+        reward: AbstractReward,
+        ledger: Ledger,
+    ) -> None:
+        """Roll out from the changed tokens, score the whole completions, accept or keep what is there, and commit."""
+        searches = [search for search, _ in changed]
+        heads = [s.position for s in searches]
+        prefix = Prefix.cat([s.policy_track.prefix_at(s.position) for s in searches])
+        new = torch.tensor(tokens, device=policy.device)
+        generators = [seeded_generator(self.seed, s.problem.id, "rollout", len(s.tried)) for s in searches]
+        budgets = torch.tensor([self.sampling.max_new_tokens - head for head in heads])
+        rollout = policy.rollout(
+            prefix, generators=generators, max_new_tokens=int(budgets.max()), temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p, keep_logits=True, keep_encoded=True, first_tokens=new, budgets=budgets,
+        )  # fmt: skip
+        assert rollout.encoded is not None
+        reward_prefix = Prefix.cat([s.reward_track.prefix_at(s.position) for s in searches])
+        with ledger.phase("accept"):
+            scored = reward.score(reward_prefix, rollout.ids, rollout.mask)
+        policy_tracks, reward_tracks = rollout.encoded.tracks(heads), scored.encoded.tracks(heads)
+        for row, (search, norm) in enumerate(changed):
+            ids, logps, sampling_logps, logits = _row(rollout, row)
+            at, value = search.position, float(scored.reward[row])
+            candidate = replace(
+                search,
+                ids=torch.cat([search.ids[:at], ids]),
+                logps=torch.cat([search.logps[:at], logps]),
+                sampling_logps=torch.cat([search.sampling_logps[:at], sampling_logps]),
+                logits=torch.cat([search.logits[:at], logits]),
+                entropy=torch.cat([search.entropy[:at], compute_entropy(logits)]),
+                finished=bool(rollout.finished[row]),
+                reward=value,
+                policy_track=policy_tracks[row],
+                reward_track=reward_tracks[row],
+                gradient=None,
+                gradient_from=-1,
+            )
+            proposed_first, current_first = first_logps[row]
+            suffixes = (float(s.sampling_logps[at + 1 :].sum()) for s in (search, candidate))
+            current = Standing(search.reward, search.energy(self.beta), current_first + next(suffixes))
+            proposed = Standing(value, candidate.energy(self.beta), proposed_first + next(suffixes))
+            generator = seeded_generator(self.seed, search.problem.id, "accept", len(search.tried))
+            accepted = RULES[self.acceptance](current, proposed, float(torch.rand(1, generator=generator)))
+            search.trace.append(
+                Edit(
+                    at, policy.decode([int(search.ids[at])]), policy.decode([tokens[row]]), current.reward, proposed.reward,
+                    current.energy, proposed.energy, accepted, norm, float(search.entropy[at]),
+                )  # fmt: skip
+            )
+            search.tried.append(_candidate(policy, candidate))
+            if accepted:
+                for name in _REPLACED:
+                    setattr(search, name, getattr(candidate, name))
+            search.position += 1
+
+
+_REPLACED = (
+    "ids", "logps", "sampling_logps", "logits", "entropy", "finished", "reward", "policy_track", "reward_track", "gradient",
+    "gradient_from",
+)  # fmt: skip
+
+
+def _start_at(state: DTOState, tokens: Tensor) -> DTOState:
+    """The state whose hard tokens are `tokens`: a constant offset lifts each of them to its position's maximum.
+
+    The logits themselves, which proposals are drawn from, stay the policy's. A token flips when another one overtakes it.
+    """
+    highest = state.logits.amax(-1, keepdim=True)
+    lift = highest - state.logits.gather(-1, tokens[..., None]) + 1e-5 * highest.abs().clamp(min=1.0)
+    lift = lift.masked_fill(state.logits.argmax(-1, keepdim=True) == tokens[..., None], 0.0)
+    noise = torch.zeros_like(state.logits).scatter(-1, tokens[..., None], lift)
+    return state._replace(noise=noise, tokens=(state.logits + noise).argmax(-1))
+
+
+def _row(rollout: Rollout, row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    real = rollout.mask[row]
+    assert rollout.logits is not None
+    return rollout.ids[row, real], rollout.logps[row, real], rollout.sampling_logps[row, real], rollout.logits[row, real]
+
+
+def _candidate(policy: Policy, search: _Search) -> Candidate:
+    ids = tuple(search.ids.tolist())
+    return Candidate(policy.decode(ids), ids, float(search.logps.double().sum()), search.reward)
+
+
+def _finish(search: _Search) -> Decoded:
+    ids = tuple(search.ids.tolist())
+    final = next(c for c in search.tried if c.ids == ids)
+    return Decoded(
+        search.problem.id, final.text, ids, search.finished, float(search.logps.double().sum()), search.reward, search.tried,
+        search.trace, len(search.trace), sum(edit.accepted for edit in search.trace), dict(search.counts),
+    )  # fmt: skip
+

@@ -1,0 +1,111 @@
+"""The energy of several problems' completions as functions of relaxed tokens: what `nabla_rl.dto` is run on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nabla_rl.functional.support import build_support
+from nabla_rl.models.backbone import Backbone, Prefix
+from nabla_rl.models.policy import Policy
+from nabla_rl.rewards.base import AbstractReward
+
+CANDIDATE_CHUNK = 32
+"""Positions whose gradients over the whole vocabulary are held at once when candidates are looked for."""
+
+
+@dataclass
+class Objective:
+    """log π and r of completions (batch, length), right padded, that continue encoded prefixes.
+
+    Attributes:
+        policy, reward: the models.
+        policy_prefix, reward_prefix: their encodings of prompt and committed tokens.
+        mask: (batch, length), True at real tokens.
+        support: (batch, length, k) token ids that the last axis of relaxed tokens stands for; None: the vocabulary.
+        hard: relaxed tokens are exactly one-hot, so that embeddings are looked up rather than mixed.
+    """
+
+    policy: Policy
+    reward: AbstractReward
+    policy_prefix: Prefix
+    reward_prefix: Prefix
+    mask: Tensor
+    support: Tensor | None
+    hard: bool
+
+    def log_probs(self, token_probs: Tensor, rows: Tensor) -> Tensor:
+        """log π(· | x, y_<i) on the support, (active, length, k): a `LogProbsFn`."""
+        return self.policy.completion_log_probs(
+            self.policy_prefix.select(rows), token_probs, self.mask[rows], **self._tokens(token_probs, rows)
+        )
+
+    def rewards(self, token_probs: Tensor, rows: Tensor) -> Tensor:
+        """r(x, y), (active,): a `RewardFn`."""
+        return self.reward(
+            self.reward_prefix.select(rows), token_probs, self.mask[rows], **self._tokens(token_probs, rows)
+        )
+
+    def _tokens(self, token_probs: Tensor, rows: Tensor) -> dict[str, Tensor | None]:
+        support = None if self.support is None else self.support[rows]
+        if not self.hard:
+            return {"support": support, "tokens": None}
+        index = token_probs.detach().argmax(-1)
+        return {"support": support, "tokens": index if support is None else _lookup(support, index)}
+
+
+def _lookup(support: Tensor, index: Tensor) -> Tensor:
+    return support.gather(-1, index[..., None]).squeeze(-1)
+
+
+def choose_support(logits: Tensor, ids: Tensor, k: int, candidates: Tensor | None = None) -> Tensor:
+    """Token ids (batch, length, k): the current tokens, the candidates, then the policy's likeliest ones."""
+    extra = ids[..., None] if candidates is None else torch.cat([ids[..., None], candidates], -1)
+    return build_support(logits, k, extra)
+
+
+@torch.enable_grad()
+def gradient_candidates(objective: Objective, ids: Tensor, logits: Tensor, beta: float, num: int) -> Tensor:
+    """The tokens that the first-order change of the energy likes best, (batch, length, num), over the whole vocabulary.
+
+    One forward and backward of both models at the completion `ids`, down to its input embeddings e_i; then, a few positions at
+    a time, g_i[v] = -log π(v | x, y_<i) + ∂L/∂e_i · E_v. Memory is O(length · (hidden + num)).
+
+    Args:
+        objective: the models and the encoded prefixes.
+        ids: (batch, length), the current completions.
+        logits: (batch, length, vocab), the policy's at their positions.
+        beta: KL coefficient.
+        num: candidates for each position.
+    """
+    ones, support = torch.ones_like(ids, dtype=torch.float32)[..., None].requires_grad_(), ids[..., None]
+    with objective.policy.backbone.capture_input_gradients() as captured:
+        log_probs = objective.policy.completion_log_probs(
+            objective.policy_prefix, ones, objective.mask, support=support, tokens=ids
+        )
+        torch.autograd.grad(log_probs.squeeze(-1).masked_fill(~objective.mask, 0.0).sum(), ones, allow_unused=True)
+    # the last token is not fed to the policy: nothing depends on its embedding
+    policy_grad = torch.nn.functional.pad(captured[0], (0, 0, 0, 1)) if captured else None
+    judge = reward_backbone(objective.reward)
+    with judge.capture_input_gradients() as captured:
+        reward = objective.reward(objective.reward_prefix, ones, objective.mask, support=support, tokens=ids)
+        torch.autograd.grad(reward.sum(), ones)
+    reward_grad = captured[0]
+    if reward_grad.shape[1] < ids.shape[1]:  # a likelihood judge does not read the last token either
+        reward_grad = torch.nn.functional.pad(reward_grad, (0, 0, 0, 1))
+    best = []
+    for start in range(0, ids.shape[1], CANDIDATE_CHUNK):
+        part = slice(start, start + CANDIDATE_CHUNK)
+        change = -logits[:, part].float().log_softmax(-1)
+        if policy_grad is not None:
+            change -= (policy_grad[:, part] @ objective.policy.backbone.weight.T).float()
+        change -= (reward_grad[:, part] @ judge.weight.T).float() / beta
+        best.append(change.topk(num, largest=False).indices)
+    return torch.cat(best, 1)
+
+
+def reward_backbone(reward: AbstractReward) -> Backbone:
+    """The transformer that a reward's tokens enter."""
+    return next(module for module in reward.modules() if isinstance(module, Backbone))

@@ -1,0 +1,295 @@
+r"""Differentiable Textual Optimization: gradient descent on the logits of a completion.
+
+It solves :math:`\min_z L(y(z))`, where :math:`y(z)` relaxes the argmax of the logits :math:`z` and
+:math:`L(y) = -r(x, y) / \beta - \log \pi(y \mid x)` for a frozen policy :math:`\pi` and a reward :math:`r`. A step is
+
+.. math:: g = \partial L / \partial y, \quad d = p \odot (g - p^\top g) / \tau, \quad z \leftarrow \mathrm{AdamW}(z, d)
+
+with :math:`p = \mathrm{softmax}(z / \tau)`. Hard relaxations keep :math:`y`, hence :math:`g`, until an argmax flips:
+then and only then the models are called (gradient caching, exact). Padded positions and frozen rows (converged, or
+with a non-finite gradient) never move. ``step(state, ...)`` returns ``(state, info)``; :func:`run` loops over it.
+
+References: https://arxiv.org/abs/2603.04948, Eq. 2 and 25, Algorithms 2 and 4, Table 4 (defaults).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from nabla_rl import functional as F
+from nabla_rl.types import LogProbsFn, Outcome, RewardFn, UserError
+
+
+@dataclass(frozen=True)
+class DTOConfig:
+    """Settings of the optimisation. Defaults are the published ones unless said otherwise."""
+
+    num_steps: int = 20
+    """Updates of the logits (T)."""
+    step_size: float = 0.01
+    """Step size of the first update (η)."""
+    final_step_size: float = 0.001
+    """Where the cosine ends, after `num_steps`. The schedule never rises: a smaller `step_size` stays as it is."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Step size over the steps; the cosine is torch's `CosineAnnealingLR`."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Update rule: AdamW, or plain gradient descent (no momentum)."""
+    weight_decay: float = 0.01
+    """Decoupled decay of the logits, times the step size (torch's AdamW default; the paper states none)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's moments (torch's defaults)."""
+    eps: float = 1e-8
+    """Added to AdamW's denominator (torch's default)."""
+    tau: float = 1.0
+    """Temperature of the relaxation (τ)."""
+    relaxation: Literal["straight_through", "gumbel_softmax", "softmax"] = "straight_through"
+    """What stands for the tokens: the argmax, the argmax of noisy logits (a sample of the policy), or the mean."""
+    fresh_noise: bool = False
+    """Whether "gumbel_softmax" draws new noise after every step, or keeps that of `init` (so caching stays exact)."""
+    beta: float = 1.0
+    """KL coefficient, β = 1/λ; `inf` leaves the reward out. The paper states none (its scripts amount to 0.001)."""
+    prefix: bool = True
+    """Whether the gradient has δ_prefix, the likelihood of a token after its prefix."""
+    postfix: bool = True
+    """Whether it has δ_postfix, the effect on later tokens. Without it the policy needs no backward pass."""
+    reward: bool = True
+    """Whether it has λ δ_reward. Without it the reward is still evaluated and counts in the energy."""
+    caching: bool | None = None
+    """Whether gradients are reused until an argmax flips. None: wherever that is exact."""
+    tolerance: float = 0.0
+    """A row has converged when no logit moved as much as this (weight decay aside). 0 switches the test off."""
+
+    def __post_init__(self) -> None:
+        """Check every value by itself, then together."""
+        _require(self.num_steps >= 0, "num_steps", "at least 0", self.num_steps)
+        for name in ("step_size", "final_step_size", "weight_decay", "tolerance"):
+            _require(0 <= self.__dict__[name] < math.inf, name, "at least 0 and finite", self.__dict__[name])
+        for name in ("eps", "tau"):
+            _require(0 < self.__dict__[name] < math.inf, name, "positive and finite", self.__dict__[name])
+        _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "two in [0, 1)", self.betas)
+        _require(self.beta > 0, "beta", "positive (inf leaves the reward out)", self.beta)
+        for name, known in (("schedule", F.SCHEDULES), ("optimizer", F.UPDATE_RULES), ("relaxation", F.RELAXATIONS)):
+            _require(self.__dict__[name] in known, name, f"one of {', '.join(known)}", self.__dict__[name])
+        noisy = F.RELAXATIONS[self.relaxation].noisy
+        _require(noisy or not self.fresh_noise, "fresh_noise", "False without relaxation='gumbel_softmax'", True)
+        exact = "None or False with relaxation='softmax' or fresh_noise=True, where tokens change at every step"
+        _require(self.cacheable or not self.caching, "caching", exact, self.caching)
+
+    @property
+    def cacheable(self) -> bool:
+        """Whether the relaxed tokens are constant between flips, so that a cached gradient is exact."""
+        return F.RELAXATIONS[self.relaxation].hard and not self.fresh_noise
+
+    def step_size_at(self, step: int) -> float:
+        """Step size of update number `step`, from 0."""
+        end = min(self.step_size, self.final_step_size)
+        return F.SCHEDULES[self.schedule](self.step_size, end, step / max(self.num_steps, 1))
+
+
+class DTOState(NamedTuple):
+    """What the next step needs. Energy, reward, logps and gradient are those of the last evaluation of each row."""
+
+    logits: Float[Tensor, "batch length support"]
+    mask: Bool[Tensor, "batch length"]
+    noise: Float[Tensor, "batch length support"] | None
+    first_moment: Float[Tensor, "batch length support"] | None
+    second_moment: Float[Tensor, "batch length support"] | None
+    gradient: Float[Tensor, "batch length support"]  # ∂L/∂y where last evaluated, 0 at padding
+    tokens: Int[Tensor, "batch length"]  # argmax of logits plus noise: indices into the support
+    stale: Bool[Tensor, " batch"]  # the relaxed tokens have changed since the last evaluation
+    energy: Float[Tensor, " batch"]
+    reward: Float[Tensor, " batch"]
+    logps: Float[Tensor, " batch"]
+    finite: Bool[Tensor, " batch"]
+    converged: Bool[Tensor, " batch"]
+    step: int = 0
+
+
+class DTOInfo(NamedTuple):
+    """What happened in a step; values are at the tokens before the update. `run` stacks them on a new first axis."""
+
+    energy: Tensor  # (batch,) of the relaxed tokens; hard relaxations: of the tokens. NaN if the row has no position
+    reward: Tensor  # (batch,) 0 without a reward
+    logps: Tensor  # (batch,) log π(y|x)
+    gradient_norm: Tensor  # (batch, length) ‖∂L/∂y_i‖ over the support, before the relaxation; 0 at padding
+    flips: Tensor  # (batch,) positions whose argmax this update changed
+    evaluated: Tensor  # (batch,) whether the models were called for the row; if not, the cache served
+    finite: Tensor  # (batch,) False once the gradient or energy was not finite: the row is frozen from then on
+
+
+class DTOOutput(NamedTuple):
+    """Result of `run`. Tokens are indices into the support; energies of rows never evaluated are NaN.
+
+    Outcomes: NON_FINITE_GRADIENT; CONVERGED (within `tolerance`, or no position to move); NO_IMPROVEMENT (nothing seen
+    had a lower energy than the start); else MAX_STEPS.
+    """
+
+    logits: Float[Tensor, "batch length support"]
+    tokens: Int[Tensor, "batch length"]  # of the last logits
+    energy: Float[Tensor, " batch"]  # of `tokens`
+    best_tokens: Int[Tensor, "batch length"]  # of lowest energy among all seen: the start if nothing was better
+    best_energy: Float[Tensor, " batch"]
+    infos: DTOInfo | None  # one entry per step, stacked: (steps, batch) and (steps, batch, length)
+    evaluations: Int[Tensor, " batch"]  # gradient evaluations (forward and backward) of each row
+    scored: Bool[Tensor, " batch"]  # rows with one more forward at the end, as the last update changed their tokens
+    steps: int
+    outcomes: tuple[Outcome, ...]
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def init(
+    logits: Float[Tensor, "batch length support"],
+    mask: Bool[Tensor, "batch length"],
+    config: DTOConfig,
+    generator: torch.Generator | None = None,
+) -> DTOState:
+    """The state before the first step: float32 copies (float64 stays), since steps of 0.01 vanish in bfloat16.
+
+    Gumbel noise is drawn from `generator` for the whole batch. To make rows independent of their batch, replace
+    `state.noise`, and `state.tokens` by the argmax of logits plus noise.
+    """
+    described = f"{tuple(logits.shape)} of {logits.dtype}, mask {tuple(mask.shape)} of {mask.dtype}"
+    shaped = logits.dim() == 3 and logits.shape[2] > 0 and logits.is_floating_point()
+    _require(shaped, "logits", "floating, of shape (batch, length, support)", described)
+    _require(mask.shape == logits.shape[:2] and mask.dtype == torch.bool, "mask", "bool, (batch, length)", described)
+    logits = logits.detach().to(torch.float64 if logits.dtype == torch.float64 else torch.float32, copy=True)
+    mask, unknown = mask.clone(), logits.new_full((len(logits),), math.nan)
+    noise = _draw_noise(logits, generator) if F.RELAXATIONS[config.relaxation].noisy else None
+    moments = [torch.zeros_like(logits) if config.optimizer == "adamw" else None for _ in range(2)]
+    gradient, tokens, movable = torch.zeros_like(logits), _perturb(logits, noise).argmax(dim=-1), mask.any(dim=1)
+    optimised = (logits, mask, noise, moments[0], moments[1])
+    return DTOState(
+        *optimised, gradient, tokens, movable, unknown, unknown, unknown, torch.ones_like(movable), ~movable
+    )
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def step(
+    state: DTOState,
+    log_probs_fn: LogProbsFn,
+    reward_fn: RewardFn | None,
+    config: DTOConfig,
+    generator: torch.Generator | None = None,
+    *,
+    donate: bool = False,
+) -> tuple[DTOState, DTOInfo]:
+    """One update of the logits, at the price of a forward and backward of both models for the rows that need it.
+
+    `donate=True` reuses the big tensors of `state`, which must not be used again. `generator` serves `fresh_noise`.
+    """
+    evaluated = state.finite & ~state.converged
+    if config.cacheable and config.caching is not False:
+        evaluated = evaluated & state.stale
+    if bool(evaluated.any()):
+        state = _evaluate(state, evaluated, log_probs_fn, reward_fn, config)
+    logits = state.logits if donate else state.logits.clone()
+    moments = [m if donate or m is None else m.clone() for m in (state.first_moment, state.second_moment)]
+    update = F.straight_through_vjp(_perturb(logits, state.noise), state.gradient, config.tau)
+    # The norm of a position is finite if all its entries are, and needs no temporary of their size.
+    wrong = (~update.norm(dim=-1).isfinite() & state.mask).any(dim=1) | ~state.energy.isfinite()
+    finite = state.finite & (state.converged | ~wrong)
+    moving = finite & ~state.converged
+    active = state.mask & moving[:, None]
+    size = config.step_size_at(state.step)
+    rule, settings = F.UPDATE_RULES[config.optimizer], {"betas": config.betas, "eps": config.eps}
+    update = rule(update, *moments, step=state.step, step_size=size, **settings).masked_fill_(~active[..., None], 0.0)
+    decay = torch.ones_like(active, dtype=logits.dtype).masked_fill_(active, 1.0 - size * config.weight_decay)
+    logits.mul_(decay[..., None]).add_(update)
+    converged = state.converged
+    if config.tolerance > 0:
+        converged = converged | (moving & ~(update.abs_() >= config.tolerance).flatten(1).any(dim=1))
+    noise = state.noise
+    if noise is not None and config.fresh_noise:
+        noise = torch.where(moving[:, None, None], _draw_noise(logits, generator), noise)
+    tokens = _perturb(logits, noise).argmax(dim=-1)
+    flips = ((tokens != state.tokens) & active).sum(dim=1)
+    norm = state.gradient.norm(dim=-1)
+    info = DTOInfo(state.energy, state.reward, state.logps, norm, flips, evaluated, finite)
+    stale = (state.stale & ~evaluated) | (flips > 0 if config.cacheable else moving)
+    kept = state._replace(logits=logits, first_moment=moments[0], second_moment=moments[1], noise=noise)
+    return kept._replace(tokens=tokens, stale=stale, finite=finite, converged=converged, step=state.step + 1), info
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def run(
+    logits: Float[Tensor, "batch length support"],
+    mask: Bool[Tensor, "batch length"],
+    log_probs_fn: LogProbsFn,
+    reward_fn: RewardFn | None,
+    config: DTOConfig,
+    generator: torch.Generator | None = None,
+) -> DTOOutput:
+    """Optimise `config.num_steps` steps, or until every row is frozen, and keep the best tokens seen."""
+    state = init(logits, mask, config, generator)
+    best_tokens, best_energy = state.tokens, torch.full_like(state.energy, math.inf)
+    infos: list[DTOInfo] = []
+
+    def keep_best(tokens: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
+        better = energy < best_energy
+        return torch.where(better[:, None], tokens, best_tokens), torch.where(better, energy, best_energy)
+
+    while state.step < config.num_steps and bool((state.finite & ~state.converged).any()):
+        tokens = state.tokens
+        state, info = step(state, log_probs_fn, reward_fn, config, generator, donate=True)
+        infos.append(info)
+        best_tokens, best_energy = keep_best(tokens, info.energy)
+    scored = state.stale & state.finite if infos else torch.zeros_like(state.stale)
+    if bool(scored.any()):
+        state = _evaluate(state, scored, log_probs_fn, reward_fn, config, record=False)
+        best_tokens, best_energy = keep_best(state.tokens, state.energy)
+    improved = best_energy < infos[0].energy if infos else torch.zeros_like(scored)
+    outcomes = tuple(map(_outcome, state.finite.tolist(), state.converged.tolist(), improved.tolist()))
+    best_energy = best_energy.masked_fill(best_energy == math.inf, math.nan)
+    stacked = DTOInfo(*map(torch.stack, zip(*infos, strict=True))) if infos else None
+    evaluations = stacked.evaluated.sum(dim=0) if stacked else torch.zeros_like(state.stale, dtype=torch.long)
+    last, best = (state.logits, state.tokens, state.energy), (best_tokens, best_energy)
+    return DTOOutput(*last, *best, stacked, evaluations, scored, state.step, outcomes)
+
+
+def _evaluate(
+    state: DTOState,
+    wanted: Tensor,
+    log_probs_fn: LogProbsFn,
+    reward_fn: RewardFn | None,
+    config: DTOConfig,
+    record: bool = True,
+) -> DTOState:
+    """The state with energies, and if `record` gradients, of the wanted rows."""
+    rows, old = wanted.nonzero().squeeze(1), state._asdict()
+    probs = F.RELAXATIONS[config.relaxation].forward(_take(_perturb(state.logits, state.noise), rows), config.tau)
+    pieces = {"prefix": config.prefix, "postfix": config.postfix, "reward": config.reward, "record": record}
+    new = F.energy_gradient(probs, _take(state.mask, rows), rows, log_probs_fn, reward_fn, beta=config.beta, **pieces)
+    new = {name: value.to(state.logits.dtype) for name, value in new._asdict().items() if value is not None}
+    every = len(rows) == len(wanted)
+    return state._replace(**{name: v if every else old[name].index_copy(0, rows, v) for name, v in new.items()})
+
+
+def _take(tensor: Tensor, rows: Tensor) -> Tensor:
+    return tensor if len(rows) == len(tensor) else tensor[rows]
+
+
+def _perturb(logits: Tensor, noise: Tensor | None) -> Tensor:
+    return logits if noise is None else logits + noise
+
+
+def _draw_noise(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+    return F.sample_gumbel(logits.shape, generator, logits.device, logits.dtype)
+
+
+def _outcome(finite: bool, converged: bool, improved: bool) -> Outcome:
+    stopped = Outcome.CONVERGED if finite else Outcome.NON_FINITE_GRADIENT
+    return stopped if converged or not finite else Outcome.MAX_STEPS if improved else Outcome.NO_IMPROVEMENT
+
+
+def _require(condition: bool, name: str, expected: str, found: object) -> None:
+    if not condition:
+        raise UserError(f"`{name}` must be {expected}, got {found}.")

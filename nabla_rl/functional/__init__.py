@@ -1,0 +1,68 @@
+"""Pure functions on tensors: last axis the vocabulary or the length, leading axes free. Needs torch alone."""
+
+from nabla_rl.functional.energy import (
+    IMPOSSIBLE_LOGP,
+    EnergyGradient,
+    compute_energy,
+    energy_gradient,
+    expected_logps,
+)
+from nabla_rl.functional.kl import forward_kl, kl_estimate, reverse_kl
+from nabla_rl.functional.logps import (
+    categorical_from_uniform,
+    compute_entropy,
+    selective_log_softmax,
+    sequence_logps,
+    top_p_filter,
+    upcast,
+)
+from nabla_rl.functional.masks import build_completion_mask, build_position_ids, last_valid_index, left_align_index
+from nabla_rl.functional.relaxation import (
+    RELAXATIONS,
+    Relaxation,
+    gumbel_softmax,
+    one_hot_argmax,
+    sample_gumbel,
+    soft,
+    straight_through,
+    straight_through_vjp,
+)
+from nabla_rl.functional.seeding import seeded_generator
+from nabla_rl.functional.support import build_support
+from nabla_rl.functional.update_rules import SCHEDULES, UPDATE_RULES, adamw_update_, cosine_decay, sgd_update_
+
+__all__ = [
+    "IMPOSSIBLE_LOGP",
+    "EnergyGradient",
+    "RELAXATIONS",
+    "SCHEDULES",
+    "UPDATE_RULES",
+    "Relaxation",
+    "adamw_update_",
+    "build_completion_mask",
+    "build_position_ids",
+    "build_support",
+    "categorical_from_uniform",
+    "compute_energy",
+    "compute_entropy",
+    "cosine_decay",
+    "energy_gradient",
+    "expected_logps",
+    "forward_kl",
+    "gumbel_softmax",
+    "kl_estimate",
+    "last_valid_index",
+    "left_align_index",
+    "one_hot_argmax",
+    "reverse_kl",
+    "sample_gumbel",
+    "seeded_generator",
+    "selective_log_softmax",
+    "sequence_logps",
+    "sgd_update_",
+    "soft",
+    "straight_through",
+    "straight_through_vjp",
+    "top_p_filter",
+    "upcast",
+]

@@ -1,0 +1,319 @@
+"""A frozen causal transformer with a key-value prefix that is encoded once, for hard ids and for soft tokens.
+
+Policy and reward model share this: both read a prompt, then completions, and both need gradients with respect to the
+completion's tokens. Layout of every batch: prefixes are left padded, what is fed after them is right padded, positions
+are explicit. A row's results therefore do not depend on the rows beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from nabla_rl.ledger import Ledger, Stopwatch
+from nabla_rl.models.flops import FlopFormula
+from nabla_rl.types import UserError
+
+
+@dataclass
+class Prefix:
+    """Encoded tokens of a batch: what later tokens attend to.
+
+    Attributes:
+        keys, values: one (batch, heads, length, head_dim) tensor for each layer, left padded.
+        mask: (batch, length), True at real tokens.
+        hidden: (batch, hidden), the last layer's state at the last real token: what predicts the next one.
+        problems: (batch,), the problem that each row belongs to, for the ledger.
+        ledger: where passes on top of this prefix are booked.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    mask: Tensor
+    hidden: Tensor
+    problems: Tensor
+    ledger: Ledger
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.mask.sum(-1)
+
+    def __len__(self) -> int:
+        return self.mask.shape[0]
+
+    def select(self, rows: Tensor) -> Prefix:
+        """The rows `rows` (indices; repeats allowed), without columns that are padding in all of them."""
+        mask = self.mask[rows]
+        skip = int(mask.shape[1] - mask.sum(-1).max()) if len(rows) else 0
+        return Prefix(
+            [k[rows][:, :, skip:] for k in self.keys], [v[rows][:, :, skip:] for v in self.values],
+            mask[:, skip:], self.hidden[rows], self.problems[rows.to(self.problems.device)], self.ledger,
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[Prefix]) -> Prefix:
+        """The rows of several prefixes, one after another."""
+        if len(parts) == 1:
+            return parts[0]
+        width = max(part.mask.shape[1] for part in parts)
+
+        def padded(tensors: list[Tensor]) -> Tensor:
+            return torch.cat([nn.functional.pad(t, (0, 0, width - t.shape[2], 0)) for t in tensors])
+
+        return Prefix(
+            [padded([part.keys[layer] for part in parts]) for layer in range(len(parts[0].keys))],
+            [padded([part.values[layer] for part in parts]) for layer in range(len(parts[0].values))],
+            torch.cat([nn.functional.pad(part.mask, (width - part.mask.shape[1], 0)) for part in parts]),
+            torch.cat([part.hidden for part in parts]),
+            torch.cat([part.problems for part in parts]),
+            parts[0].ledger,
+        )
+
+
+@dataclass
+class Encoded:
+    """A prefix and the completion tokens that were fed after it, ready to be cut anywhere.
+
+    Attributes:
+        prefix: the prefix they stand on.
+        keys, values: (batch, heads, prefix + length, head_dim) for each layer.
+        mask: (batch, length), True at real completion tokens that have been fed.
+        hidden: (batch, length + 1, hidden): state i predicts token i (state 0 is the prefix's own).
+    """
+
+    prefix: Prefix
+    keys: list[Tensor]
+    values: list[Tensor]
+    mask: Tensor
+    hidden: Tensor
+
+    def tracks(self, start: Sequence[int]) -> list[Track]:
+        """The rows one by one, without padding; `start` are the completion tokens that each prefix holds already."""
+        columns = torch.cat([self.prefix.mask, self.mask], 1)
+        tracks = []
+        for row, (length, problem) in enumerate(zip(self.mask.sum(-1).tolist(), self.prefix.problems.tolist(), strict=True)):
+            real = columns[row].nonzero().squeeze(-1)
+            keys = [k[row : row + 1, :, real] for k in self.keys]
+            values = [v[row : row + 1, :, real] for v in self.values]
+            hidden = self.hidden[row, : length + 1]
+            tracks.append(Track(keys, values, hidden, start[row], problem, self.prefix.ledger))
+        return tracks
+
+    def prefix_at(self, lengths: Tensor) -> Prefix:
+        """The prefix extended by the first `lengths` (batch,) completion tokens of each row. No model runs."""
+        steps = torch.arange(self.mask.shape[1], device=self.mask.device)
+        mask = torch.cat([self.prefix.mask, self.mask & (steps < lengths[:, None])], 1)
+        width = int(mask.sum(-1).max())
+        order = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, mask.shape[1] - width :]
+        rows = torch.arange(len(mask), device=mask.device)
+
+        def aligned(tensor: Tensor) -> Tensor:
+            return tensor.gather(2, order[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))
+
+        return Prefix(
+            [aligned(k) for k in self.keys], [aligned(v) for v in self.values], mask.gather(1, order),
+            self.hidden[rows, lengths], self.prefix.problems, self.prefix.ledger,
+        )  # fmt: skip
+
+
+@dataclass
+class Track:
+    """One encoded sequence that can be cut anywhere: what a decoder keeps of a completion, so that nothing is read twice.
+
+    Attributes:
+        keys, values: (1, heads, prefix + length, head_dim) for each layer, without padding.
+        hidden: (length + 1, hidden): state i predicts the i-th token after the prefix.
+        start: completion tokens that are part of the prefix already.
+        problem: its ledger account.
+        ledger: where passes on top of it are booked.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    hidden: Tensor
+    start: int
+    problem: int
+    ledger: Ledger
+
+    def prefix_at(self, length: int) -> Prefix:
+        """Prompt and the first `length` completion tokens (at least `start`), as a batch of one. No model runs."""
+        fed = length - self.start
+        end = self.keys[0].shape[2] - (self.hidden.shape[0] - 1) + fed
+        device = self.hidden.device
+        return Prefix(
+            [k[:, :, :end] for k in self.keys],
+            [v[:, :, :end] for v in self.values],
+            torch.ones(1, end, dtype=torch.bool, device=device),
+            self.hidden[fed][None],
+            torch.tensor([self.problem]),
+            self.ledger,
+        )
+
+
+class SoftEmbedding(torch.autograd.Function):
+    """Σ_v p_v E_v over a support, where `tokens` may say that p is exactly one-hot: then the forward is a look-up."""
+
+    @staticmethod
+    def forward(ctx, token_probs: Tensor, weight: Tensor, support: Tensor | None, tokens: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, support)
+        ctx.dtype = token_probs.dtype
+        if tokens is not None:
+            return weight[tokens]
+        if support is None:
+            return token_probs.to(weight.dtype) @ weight
+        return torch.stack([p.to(weight.dtype)[:, None] @ weight[s] for p, s in zip(token_probs, support, strict=True)]).squeeze(2)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        (grad,) = grads
+        weight, support = ctx.saved_tensors
+        if support is None:
+            return (grad @ weight.T).to(ctx.dtype), None, None, None
+        rows = [(weight[s] @ g[..., None]).squeeze(-1) for s, g in zip(support, grad, strict=True)]
+        return torch.stack(rows).to(ctx.dtype), None, None, None
+
+
+class Backbone(nn.Module):
+    """The transformer under a policy or a reward model.
+
+    Args:
+        model: a Hugging Face causal language model or sequence classifier. Its weights are frozen here.
+        name: "policy" or "reward": whose account its passes are booked on.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str):
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.base = model.base_model
+        self.name = name
+        self.formula = FlopFormula.of(model)
+        self._captured: list[Tensor] | None = None
+
+    @contextmanager
+    def capture_input_gradients(self) -> Iterator[list[Tensor]]:
+        """Collect the gradients that arrive at the soft inputs' embeddings, (batch, length, hidden), in call order."""
+        self._captured = []
+        try:
+            yield self._captured
+        finally:
+            self._captured = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The input embedding matrix, (vocab, hidden)."""
+        return self.model.get_input_embeddings().weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def context_length(self) -> int:
+        return int(self.model.config.max_position_embeddings)
+
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[Sequence[int]], problems: Tensor, ledger: Ledger) -> Prefix:
+        """Encode prompts, once: `prompts` are token ids, `problems` the ledger accounts of the rows."""
+        for ids in prompts:
+            if len(ids) == 0:
+                raise UserError(f"{self.name}: expected a prompt of at least one token, found an empty one.")
+            if len(ids) >= self.context_length:
+                raise UserError(
+                    f"{self.name}: expected a prompt shorter than the model's context of {self.context_length} tokens, "
+                    f"found one of {len(ids)}. Shorten the problem or take a model with a longer context."
+                )
+        width = max(len(ids) for ids in prompts)
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=self.device).bool()
+        ids = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in prompts], device=self.device)
+        lengths = mask.sum(-1)
+        watch, cache = Stopwatch(self.device), DynamicCache(config=self.model.config)
+        with ledger.phase("prefill"):
+            hidden = self.base(
+                input_ids=ids, attention_mask=mask.long(), position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+                past_key_values=cache, use_cache=True,
+            ).last_hidden_state[:, -1]  # fmt: skip
+            flops = self.formula.forward(lengths, torch.zeros_like(lengths))
+            ledger.record(self.name, "forward", problems, lengths, flops, watch.seconds())
+        keys, values = cache_tensors(cache)
+        return Prefix(keys, values, mask, hidden, problems, ledger)
+
+    def encode(self, prefix: Prefix, ids: Tensor, mask: Tensor) -> Encoded:
+        """Feed completion ids (batch, length), right padded with `mask` False, after a prefix."""
+        return self._encode(prefix, {"input_ids": ids}, mask)
+
+    def encode_soft(
+        self,
+        prefix: Prefix,
+        token_probs: Tensor,
+        mask: Tensor,
+        *,
+        support: Tensor | None = None,
+        tokens: Tensor | None = None,
+    ) -> Encoded:
+        """Feed relaxed completion tokens after a prefix; gradients flow to `token_probs`.
+
+        Args:
+            prefix: encoded prompts, not changed.
+            token_probs: (batch, length, support or vocab).
+            mask: (batch, length), True at real tokens.
+            support: (batch, length, support) token ids of the last axis; None means the whole vocabulary in order.
+            tokens: (batch, length) ids where `token_probs` is known to be exactly one-hot at them: a look-up, not a product.
+        """
+        width, count = token_probs.shape[-1], mask.sum(-1)
+        embeds = SoftEmbedding.apply(token_probs, self.weight, support, tokens)
+        encoded = self._encode(prefix, {"inputs_embeds": embeds}, mask)
+        ledger, phase, context = prefix.ledger, prefix.ledger.phase_name, prefix.lengths
+        product = self.formula.soft_embedding(count, width)
+        if tokens is None:
+            ledger.record(self.name, "forward", prefix.problems, count, product, is_pass=False)
+        if not encoded.hidden.requires_grad:
+            return encoded
+        watches: list[Stopwatch] = []
+
+        def start(_: Tensor) -> None:
+            watches[:] = [Stopwatch(self.device)]
+
+        def book(gradient: Tensor) -> None:
+            if self._captured is not None:
+                self._captured.append(gradient)
+            flops = self.formula.backward(count, context) + product
+            with ledger.phase(phase):
+                ledger.record(self.name, "backward", prefix.problems, count, flops, watches[0].seconds())
+
+        encoded.hidden.register_hook(start)
+        embeds.register_hook(book)
+        return encoded
+
+    def _encode(self, prefix: Prefix, inputs: dict[str, Tensor], mask: Tensor) -> Encoded:
+        if mask.shape[1] == 0:
+            return Encoded(prefix, prefix.keys, prefix.values, mask, prefix.hidden[:, None])
+        # the cache concatenates, so the prefix's own tensors stay as they are
+        cache = DynamicCache(list(zip(prefix.keys, prefix.values, strict=True)), config=self.model.config)
+        watch = Stopwatch(self.device)
+        hidden = self.base(
+            **inputs,
+            attention_mask=torch.cat([prefix.mask, mask], 1).long(),
+            position_ids=prefix.lengths[:, None] + (mask.cumsum(-1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        flops = self.formula.forward(mask.sum(-1), prefix.lengths)
+        prefix.ledger.record(self.name, "forward", prefix.problems, mask.sum(-1), flops, watch.seconds())
+        keys, values = cache_tensors(cache)
+        return Encoded(prefix, keys, values, mask, torch.cat([prefix.hidden[:, None], hidden], 1))
+
+    def record_head(self, prefix: Prefix, count: Tensor, seconds: float = 0.0, *, direction: str = "forward") -> None:
+        """Book logits or scores of `count` (batch,) positions on the pass they belong to."""
+        prefix.ledger.record(
+            self.name, direction, prefix.problems, count, self.formula.head(count), seconds, is_pass=False
+        )
+
+
+def cache_tensors(cache: DynamicCache) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values of every layer."""
+    return [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]  # pyright: ignore

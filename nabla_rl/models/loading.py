@@ -1,0 +1,121 @@
+"""Models by folder, by Hub name, or by the name of an embedded tiny model. Safetensors only, no code from the checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from nabla_rl.models.policy import Policy
+from nabla_rl.types import UserError
+
+ASSETS = Path(__file__).parents[1] / "assets"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    """Which policy."""
+
+    name: str = "tiny-policy"
+    """A folder, a Hub name, or an embedded model (tiny-policy, tiny-student, tiny-strong)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    """Weights' type; auto is bfloat16 on a GPU, float32 elsewhere. Logits and log-probabilities are always float32."""
+    system_prompt: str | None = None
+    """The system turn of the chat template."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint. Only for publishers you trust."""
+
+
+@dataclass(frozen=True)
+class RewardOptions:
+    """Which reward model."""
+
+    name: str | None = "tiny-reward"
+    """A folder, a Hub name, or an embedded model (tiny-reward, tiny-gold; tiny-strong for likelihood). null: none."""
+    kind: Literal["sequence_classifier", "likelihood"] = "sequence_classifier"
+    """Reads a classifier's logit at the last token, or the log-likelihood under a stronger language model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    """As for the policy."""
+    system_prompt: str | None = None
+    """The system turn of the reward model's own chat template."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint. Only for publishers you trust."""
+
+
+def resolve_name(name: str, family: str) -> str:
+    """The folder of an embedded model, or the name as it is."""
+    embedded = ASSETS / family / name
+    return str(embedded) if embedded.is_dir() else name
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The type that "auto" stands for on a device."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[dtype]
+
+
+def load_policy(options: PolicyOptions, *, family: str, device: torch.device) -> Policy:
+    """A frozen policy with its tokenizer, on a device.
+
+    Raises:
+        UserError: there is no such model, or it cannot be loaded.
+    """
+    name = resolve_name(options.name, family)
+    model = _load(AutoModelForCausalLM, "model.policy.name", name, options, device)
+    tokenizer = load_tokenizer("model.policy.name", name, options.trust_remote_code)
+    return Policy(model, tokenizer, system_prompt=options.system_prompt)
+
+
+def load_classifier(
+    options: RewardOptions, *, family: str, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A sequence classifier with its tokenizer, on a device."""
+    assert options.name is not None
+    name = resolve_name(options.name, family)
+    model = _load(AutoModelForSequenceClassification, "model.reward.name", name, options, device)
+    return model, load_tokenizer("model.reward.name", name, options.trust_remote_code)
+
+
+def load_tokenizer(argument: str, name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model."""
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--{argument}: expected a tokenizer beside '{name}', found none ({_first_line(error)}).") from error
+
+
+def _load(auto: type, argument: str, name: str, options: PolicyOptions | RewardOptions, device: torch.device) -> PreTrainedModel:
+    path = Path(name)
+    looks_local = name.startswith((".", "/", "~")) or path.exists() or name.count("/") > 1
+    if looks_local and not (path / "config.json").is_file():
+        raise UserError(
+            f"--{argument}: expected a model folder with config.json, found none at '{name}'. Check the path, or give a Hub name."
+        )
+    try:
+        model = auto.from_pretrained(
+            name,
+            dtype=resolve_dtype(options.dtype, device),
+            use_safetensors=True,
+            trust_remote_code=options.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--{argument}: expected a folder, a Hub name or an embedded model, found '{name}', which cannot be loaded "
+            f"({_first_line(error)}). Check the name, or download it to a folder first."
+        ) from error
+    return model.to(device)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__

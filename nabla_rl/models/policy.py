@@ -1,0 +1,328 @@
+"""The policy: a frozen causal language model that is sampled from, scored, and differentiated with respect to tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from nabla_rl.functional.logps import categorical_from_uniform, selective_log_softmax, top_p_filter
+from nabla_rl.ledger import Ledger, Stopwatch
+from nabla_rl.models.backbone import Backbone, Encoded, Prefix, cache_tensors
+from nabla_rl.models.prompts import encode_prompt
+from nabla_rl.types import UserError
+
+
+COMPACT_BELOW = 0.7
+"""A rollout drops its ended rows from the batch when fewer than this share of the rows are still going."""
+
+
+@dataclass
+class Rollout:
+    """Completions of a batch.
+
+    Attributes:
+        ids: (batch, length), right padded.
+        mask: (batch, length), True up to and including the end-of-sequence token.
+        logps: (batch, length), the policy's own log-probabilities of the tokens (temperature 1), zero at padding.
+        sampling_logps: (batch, length), log-probabilities under the law the tokens were drawn from (temperature and nucleus
+            applied; zero for greedy), zero at padding.
+        finished: (batch,), did the completion end by itself, or was it cut at the maximum length?
+        logits: (batch, length, vocab) float32 before temperature, where they were asked for.
+        encoded: keys, values and hidden states of prefix and completion, where they were asked for.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    logps: Tensor
+    sampling_logps: Tensor
+    finished: Tensor
+    logits: Tensor | None = None
+    encoded: Encoded | None = None
+
+
+class SupportLogProbs(torch.autograd.Function):
+    """log π on a support, from hidden states, without keeping anything of the vocabulary's width.
+
+    log π(s_j) = h·W_{s_j} - log Σ_v exp(h·W_v), so ∂/∂h of Σ_j c_j log π(s_j) is Σ_j c_j W_{s_j} - (Σ_j c_j) m with the mean
+    output embedding m = Σ_v softmax(hW)_v W_v. The forward computes m a few positions at a time and keeps it: O(length·hidden).
+    """
+
+    CHUNK = 32
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, support: Tensor) -> Tensor:
+        flat_hidden, flat_support = hidden.flatten(0, 1), support.flatten(0, 1)
+        means, chunks = torch.empty_like(flat_hidden), []
+        for start in range(0, len(flat_hidden), SupportLogProbs.CHUNK):
+            part = slice(start, start + SupportLogProbs.CHUNK)
+            logits = (flat_hidden[part] @ weight.T).float()
+            total = logits.logsumexp(-1, keepdim=True)
+            chunks.append(logits.gather(-1, flat_support[part]) - total)
+            means[part] = logits.sub_(total).exp_().to(weight.dtype) @ weight
+        ctx.save_for_backward(weight, support, means)
+        return torch.cat(chunks).view(support.shape)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        (grad,) = grads
+        weight, support, means = ctx.saved_tensors
+        grad, flat_support, out = grad.flatten(0, 1).to(weight.dtype), support.flatten(0, 1), torch.empty_like(means)
+        for start in range(0, len(grad), SupportLogProbs.CHUNK):
+            part = slice(start, start + SupportLogProbs.CHUNK)
+            picked = (grad[part, None] @ weight[flat_support[part]]).squeeze(1)
+            out[part] = picked - grad[part].sum(-1, keepdim=True) * means[part]
+        return out.view(*support.shape[:2], -1), None, None
+
+
+class Policy(nn.Module):
+    """A causal language model with its tokenizer, frozen.
+
+    Args:
+        model: any Hugging Face causal language model.
+        tokenizer: its tokenizer; where it has a chat template, prompts are written with it.
+        system_prompt: the system turn of that template; ignored (with an error when set) without a template.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, system_prompt: str | None = None):
+        super().__init__()
+        self.backbone = Backbone(model, "policy")
+        self.tokenizer, self.system_prompt = tokenizer, system_prompt
+        config_eos = model.config.eos_token_id
+        eos = {tokenizer.eos_token_id, *(config_eos if isinstance(config_eos, list) else [config_eos])} - {None}
+        if not eos:
+            raise UserError("policy: expected an end-of-sequence token, found none. Set `eos_token` on the tokenizer.")
+        self.register_buffer("eos_ids", torch.tensor(sorted(eos), device=self.backbone.device), persistent=False)
+        self.pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.device
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head_weight.shape[0]
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output embedding matrix, (vocab, hidden)."""
+        return self.backbone.model.get_output_embeddings().weight
+
+    def encode_prompt(self, problem: str) -> list[int]:
+        """The ids that ask `problem` of this model."""
+        return encode_prompt(self.tokenizer, problem, system_prompt=self.system_prompt)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of completion ids, without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def prefill(self, prompts: Sequence[Sequence[int]], problems: Tensor, ledger: Ledger) -> Prefix:
+        """Encode prompts once (see `Backbone.prefill`)."""
+        return self.backbone.prefill(prompts, problems, ledger)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits in float32, (..., vocab)."""
+        return self.backbone.model.get_output_embeddings()(hidden).float()
+
+    def next_logits(self, prefix: Prefix) -> Tensor:
+        """Logits of the token that follows each prefix, (batch, vocab). No transformer pass."""
+        return self.logits(prefix.hidden)
+
+    @torch.no_grad()
+    def completion_logps(self, prefix: Prefix, ids: Tensor, mask: Tensor) -> Tensor:
+        """log π of given completion ids, (batch, length) float32, zero at padding. Gradient-free."""
+        encoded = self.backbone.encode(prefix, ids[:, :-1], mask[:, 1:])
+        self.backbone.record_head(prefix, mask.sum(-1))
+        logps = self.logits(encoded.hidden).log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
+        return logps.masked_fill(~mask, 0.0)
+
+    def completion_log_probs(
+        self,
+        prefix: Prefix,
+        token_probs: Tensor,
+        mask: Tensor,
+        *,
+        support: Tensor | None = None,
+        tokens: Tensor | None = None,
+    ) -> Tensor:
+        """log π(· | x, y_<i) at every position of a relaxed completion, with gradients to `token_probs`.
+
+        Args:
+            prefix: the encoded prompt.
+            token_probs: (batch, length, support or vocab), each position a point of the simplex.
+            mask: (batch, length), True at real positions (right padded).
+            support: (batch, length, support) token ids of the last axis; None means the whole vocabulary.
+            tokens: (batch, length) ids where `token_probs` is exactly one-hot at them.
+
+        Returns:
+            (batch, length, support or vocab), float32.
+        """
+        # token i is predicted from the tokens before it: the last one is not fed
+        encoded = self.backbone.encode_soft(
+            prefix,
+            token_probs[:, :-1],
+            mask[:, 1:],
+            support=None if support is None else support[:, :-1],
+            tokens=None if tokens is None else tokens[:, :-1],
+        )
+        count = mask.sum(-1)
+        self.backbone.record_head(prefix, count)
+        hidden = encoded.hidden
+        if hidden.requires_grad:
+            phase = prefix.ledger.phase_name
+
+            def book(_: Tensor) -> None:
+                with prefix.ledger.phase(phase):
+                    self.backbone.record_head(prefix, count, direction="backward")
+
+            hidden.register_hook(book)
+        if support is None:
+            return self.logits(hidden).log_softmax(-1)
+        return SupportLogProbs.apply(hidden, self.head_weight, support)
+
+    @torch.no_grad()
+    def rollout(
+        self,
+        prefix: Prefix,
+        *,
+        generators: Sequence[torch.Generator] | None,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        keep_logits: bool = False,
+        keep_encoded: bool = False,
+        first_tokens: Tensor | None = None,
+        budgets: Tensor | None = None,
+    ) -> Rollout:
+        """Sample completions to the end.
+
+        Args:
+            prefix: encoded prompts, one row for each completion wanted; not changed.
+            generators: one CPU generator for each row; a row's tokens depend on its own generator alone. None is greedy.
+            max_new_tokens: tokens at most.
+            temperature: divides the logits; 0 is greedy.
+            top_p: nucleus sampling after temperature; 1 samples from the whole distribution.
+            keep_logits: return the raw logits of every position.
+            keep_encoded: return keys, values and hidden states, so that any position can become a prefix without a pass.
+            first_tokens: (batch,), tokens to begin with, instead of a draw (their `sampling_logps` are zero).
+            budgets: (batch,), tokens at most of each row, where that is fewer than `max_new_tokens`.
+
+        Raises:
+            UserError: the model gave logits that are not finite.
+        """
+        rows, device = len(prefix), self.device
+        greedy = generators is None or temperature == 0
+        uniforms = None
+        if not greedy:
+            assert generators is not None
+            uniforms = torch.stack([torch.rand(max_new_tokens, generator=g) for g in generators]).to(device)
+        ids = torch.full((rows, max_new_tokens), self.pad_id, device=device)
+        mask = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
+        logps, sampling_logps = (torch.zeros(rows, max_new_tokens, device=device) for _ in range(2))
+        store = _Store(rows, max_new_tokens, prefix) if keep_encoded else None
+        kept_logits: list[Tensor] = []
+        finished = torch.zeros(rows, dtype=torch.bool, device=device)
+        budgets = None if budgets is None else budgets.to(device)
+
+        active, hidden, current = torch.arange(rows, device=device), prefix.hidden, prefix
+        live = torch.ones_like(active, dtype=torch.bool)  # rows of the running batch that have not ended
+        cache = DynamicCache(list(zip(prefix.keys, prefix.values, strict=True)), config=self.backbone.model.config)
+        columns, length = prefix.mask, 0
+        watch = Stopwatch(device)
+        while True:
+            logits = self.logits(hidden)
+            if not torch.isfinite(logits).all():
+                raise UserError("policy: expected finite logits, found NaN or infinity. Check the weights, or use float32.")
+            self.backbone.record_head(current, live.long())
+            alive = active[live]
+            if length == 0 and first_tokens is not None:
+                tokens = first_tokens
+            elif greedy:
+                tokens = logits.argmax(-1)
+            else:
+                assert uniforms is not None
+                filtered = top_p_filter(logits / temperature, top_p)
+                tokens = categorical_from_uniform(filtered, uniforms[active, length])
+                drawn = selective_log_softmax(filtered, tokens)
+                sampling_logps[alive, length] = drawn[live]
+            ids[alive, length], mask[alive, length] = tokens[live], True
+            logps[alive, length] = selective_log_softmax(logits, tokens)[live]
+            if keep_logits:
+                full = torch.zeros(rows, logits.shape[-1], device=device)
+                full[alive] = logits[live]
+                kept_logits.append(full)
+            if store is not None:
+                store.hidden[active, length] = hidden
+            length += 1
+            ended = torch.isin(tokens, self.eos_ids) & live
+            finished[active[ended]] = True
+            live = live & ~ended
+            if budgets is not None:
+                live = live & (budgets[active] > length)
+            if length == max_new_tokens or not live.any():
+                if store is not None:
+                    store.add_cache(active, cache, torch.ones_like(live))
+                break
+            if live.float().mean() < COMPACT_BELOW:
+                if store is not None:
+                    store.add_cache(active[~live], cache, ~live)
+                index = live.nonzero().squeeze(-1)
+                active, tokens, columns = active[index], tokens[index], columns[index]
+                current, live = current.select(index), live[index]
+                kept = zip(*cache_tensors(cache), strict=True)
+                cache = DynamicCache([(k[index], v[index]) for k, v in kept], config=self.backbone.model.config)
+            columns = torch.cat([columns, torch.ones_like(columns[:, :1])], 1)
+            hidden = self.backbone.base(
+                input_ids=tokens[:, None],
+                attention_mask=columns.long(),
+                position_ids=(columns.sum(-1, keepdim=True) - 1),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state[:, -1]
+            flops = self.backbone.formula.forward(live.long(), columns.sum(-1) - 1)
+            prefix.ledger.record("policy", "forward", current.problems, live.long(), flops, watch.seconds())
+            watch = Stopwatch(device)
+        return Rollout(
+            ids[:, :length],
+            mask[:, :length],
+            logps[:, :length],
+            sampling_logps[:, :length],
+            finished,
+            torch.stack(kept_logits, 1) if keep_logits else None,
+            store.encoded(length, mask) if store is not None else None,
+        )
+
+
+class _Store:
+    """Collects keys, values and hidden states of rows that leave a rollout at different times."""
+
+    def __init__(self, rows: int, max_new_tokens: int, prefix: Prefix):
+        self.prefix, self.rows = prefix, rows
+        self.hidden = torch.zeros(
+            rows, max_new_tokens + 1, prefix.hidden.shape[-1], dtype=prefix.hidden.dtype, device=prefix.hidden.device
+        )
+        self.parts: list[tuple[Tensor, list[Tensor], list[Tensor]]] = []
+
+    def add_cache(self, rows: Tensor, cache: DynamicCache, chosen: Tensor) -> None:
+        keys, values = cache_tensors(cache)
+        self.parts.append((rows, [k[chosen] for k in keys], [v[chosen] for v in values]))
+
+    def encoded(self, length: int, mask: Tensor) -> Encoded:
+        """The last sampled token of a row was never fed: it counts as not encoded."""
+        fed = mask[:, 1:length]
+        width = self.prefix.mask.shape[1] + length - 1
+
+        def assembled(pick: int) -> list[Tensor]:
+            layers = []
+            for layer, like in enumerate(self.prefix.keys):
+                whole = like.new_zeros(self.rows, like.shape[1], width, like.shape[3])
+                for part in self.parts:
+                    tensor = part[pick][layer]  # pyright: ignore
+                    whole[part[0], :, : tensor.shape[2]] = tensor
+                layers.append(whole)
+            return layers
+
+        return Encoded(self.prefix, assembled(1), assembled(2), fed, self.hidden[:, :length])

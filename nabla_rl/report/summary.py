@@ -1,0 +1,73 @@
+"""From result lines to the rows of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nabla_rl.metrics import wilson_interval
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Mean of the values that are there; None without any."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
+
+
+def summarise(results: Sequence[dict], decoders: Sequence[str]) -> list[dict]:
+    """One row for each decoder: accuracy with its 95% Wilson interval, and means over problems of everything else.
+
+    Args:
+        results: lines of results.jsonl.
+        decoders: the decoders' names, in the order wanted.
+
+    Returns:
+        Rows with decoder, accuracy, accuracy_low, accuracy_high (None where no answer is known), mean_reward, gold_reward,
+        rollouts, policy_calls, reward_calls, flops, seconds (each per problem) and acceptance_rate (of proposals).
+    """
+    rows = []
+    for decoder in decoders:
+        mine = [row for row in results if row["decoder"] == decoder]
+        graded = [row["correct"] for row in mine if row["correct"] is not None]
+        accuracy = sum(graded) / len(graded) if graded else None
+        low, high = wilson_interval(sum(graded), len(graded)) if graded else (None, None)
+        proposals = sum(row["proposals"] for row in mine)
+        rows.append(
+            {
+                "decoder": decoder,
+                "accuracy": accuracy,
+                "accuracy_low": None if low is None else float(low),
+                "accuracy_high": None if high is None else float(high),
+                "mean_reward": mean([row["reward"] for row in mine]),
+                "gold_reward": mean([row["gold_reward"] for row in mine]),
+                "rollouts": mean([len(row["rollouts"]) for row in mine]),
+                "policy_calls": mean([row["cost"]["policy_calls"] for row in mine]),
+                "reward_calls": mean([row["cost"]["reward_calls"] for row in mine]),
+                "flops": mean([row["cost"]["flops"] for row in mine]),
+                "seconds": mean([row["seconds"] for row in mine]),
+                "acceptance_rate": sum(row["accepted"] for row in mine) / proposals if proposals else None,
+            }
+        )
+    return rows
+
+
+def acceleration_shares(results: Sequence[dict]) -> dict[str, float] | None:
+    """What share of ∇-Reasoner's work each acceleration saved, over all problems.
+
+    Returns:
+        `positions_skipped`: positions that the selector did not pick. `tokens_unchanged`: picked positions whose token stayed, so
+        that nothing was rolled out. `gradients_cached`: DTO steps that needed no model. None without ∇ results.
+    """
+    counts: dict[str, int] = {}
+    for row in results:
+        if row["decoder"] == "nabla":
+            for name, value in row["counts"].items():
+                counts[name] = counts.get(name, 0) + value
+    if not counts.get("positions"):
+        return None
+    steps, visited = counts.get("dto_steps", 0), counts.get("visited", 0)
+    evaluations = counts.get("dto_evaluations", 0) + counts.get("probes", 0)
+    return {
+        "positions_skipped": 1 - visited / counts["positions"],
+        "tokens_unchanged": counts.get("unchanged", 0) / visited if visited else 0.0,
+        "gradients_cached": 1 - evaluations / steps if steps else 0.0,
+    }

@@ -1,0 +1,79 @@
+"""What a differentiable reward is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from nabla_rl.ledger import Ledger
+from nabla_rl.models.backbone import Encoded, Prefix
+from nabla_rl.types import UserError
+
+
+@dataclass
+class Scored:
+    """Rewards of hard completions.
+
+    Attributes:
+        reward: (batch,) float32.
+        encoded: what was computed on the way, to be cut into a longer prefix when tokens are committed.
+    """
+
+    reward: Tensor
+    encoded: Encoded
+
+
+class AbstractReward(nn.Module, ABC):
+    """A frozen scorer r(x, y), differentiable in relaxed completion tokens that share the policy's vocabulary."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    @abstractmethod
+    def prefill(self, problems: list[str], accounts: Tensor, ledger: Ledger) -> Prefix:
+        """Encode the prompts as this reward's own template writes them, once."""
+
+    @abstractmethod
+    def forward(
+        self,
+        prefix: Prefix,
+        token_probs: Tensor,
+        mask: Tensor,
+        *,
+        support: Tensor | None = None,
+        tokens: Tensor | None = None,
+    ) -> Tensor:
+        """r(x, y) of relaxed completions, (batch,) float32, with gradients to `token_probs` (batch, length, support)."""
+
+    @abstractmethod
+    def score(self, prefix: Prefix, ids: Tensor, mask: Tensor) -> Scored:
+        """r(x, y) of hard completions (batch, length), right padded, without gradients."""
+
+
+class AbstractProcessReward(AbstractReward):
+    """A reward that also judges every prefix of a completion."""
+
+    @abstractmethod
+    def values(self, prefix: Prefix, ids: Tensor, mask: Tensor) -> Tensor:
+        """V(y_≤i): what the judge thinks of the completion up to and including token i, (batch, length) float32."""
+
+
+def check_shared_vocabulary(policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase) -> None:
+    """Refuse a pair of tokenizers that give tokens different ids, with the count of them."""
+    ours, theirs = policy.get_vocab(), reward.get_vocab()
+    differing = sum(theirs.get(token) != index for token, index in ours.items())
+    differing += sum(token not in ours for token in theirs)
+    if differing:
+        raise UserError(
+            f"model.reward: expected the policy's vocabulary of {len(ours)} tokens, found one of {len(theirs)} in which "
+            f"{differing} tokens differ. Take a reward model of the policy's family."
+        )
+
+
+def last_valid(mask: Tensor) -> Tensor:
+    """Index of the last True in each row of `mask` (batch, length)."""
+    steps = torch.arange(mask.shape[1], device=mask.device)
+    return (steps * mask).argmax(-1)

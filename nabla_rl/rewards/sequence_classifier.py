@@ -1,0 +1,77 @@
+"""A sequence classifier as a reward: outcome reward at the last token, process values at every token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nabla_rl.ledger import Ledger
+from nabla_rl.models.backbone import Backbone, Encoded, Prefix
+from nabla_rl.models.prompts import encode_judged
+from nabla_rl.rewards.base import AbstractProcessReward, Scored, last_valid
+from nabla_rl.types import UserError
+
+
+class SequenceClassifierReward(AbstractProcessReward):
+    """r(x, y) = the classifier's logit at the last real token of the conversation, pooled by mask.
+
+    The same head read at token i is the process value V(y_≤i).
+
+    Args:
+        model: a Hugging Face causal sequence classifier with one label.
+        tokenizer: its tokenizer; its own chat template writes the conversation where there is one.
+        system_prompt: the system turn of that template.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, system_prompt: str | None = None):
+        super().__init__()
+        if model.config.num_labels != 1 or "score" not in dict(model.named_children()):
+            raise UserError(
+                f"model.reward: expected a sequence classifier with one label and a `score` head, found "
+                f"{type(model).__name__} with {model.config.num_labels} labels. Take a reward model."
+            )
+        self.backbone = Backbone(model, "reward")
+        self.tokenizer, self.system_prompt = tokenizer, system_prompt
+        self.tail = encode_judged(tokenizer, "?", system_prompt=system_prompt)[1]
+
+    def prefill(self, problems: list[str], accounts: Tensor, ledger: Ledger) -> Prefix:
+        prompts = [encode_judged(self.tokenizer, p, system_prompt=self.system_prompt)[0] for p in problems]
+        return self.backbone.prefill(prompts, accounts, ledger)
+
+    def forward(
+        self,
+        prefix: Prefix,
+        token_probs: Tensor,
+        mask: Tensor,
+        *,
+        support: Tensor | None = None,
+        tokens: Tensor | None = None,
+    ) -> Tensor:
+        encoded = self.backbone.encode_soft(prefix, token_probs, mask, support=support, tokens=tokens)
+        return self._finish(encoded)
+
+    @torch.no_grad()
+    def score(self, prefix: Prefix, ids: Tensor, mask: Tensor) -> Scored:
+        encoded = self.backbone.encode(prefix, ids, mask)
+        return Scored(self._finish(encoded), encoded)
+
+    @torch.no_grad()
+    def values(self, prefix: Prefix, ids: Tensor, mask: Tensor) -> Tensor:
+        encoded = self.backbone.encode(prefix, ids, mask)
+        return self._head(encoded.hidden[:, 1:])
+
+    def _finish(self, encoded: Encoded) -> Tensor:
+        """Read the template's closing tokens, where there are any, and score the last token."""
+        if self.tail:
+            ids = torch.tensor([self.tail] * len(encoded.mask), device=encoded.mask.device)
+            encoded = self.backbone.encode(encoded.prefix_at(encoded.mask.sum(-1)), ids, torch.ones_like(ids).bool())
+        rows = torch.arange(len(encoded.mask), device=encoded.mask.device)
+        self.backbone.record_head(encoded.prefix, torch.ones_like(rows))
+        return self._head(encoded.hidden[rows, encoded.mask.sum(-1)])
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        value = self.backbone.model.get_submodule("score")(hidden).float().squeeze(-1)
+        if not torch.isfinite(value).all():
+            raise UserError("reward: expected finite scores, found NaN or infinity. Check the weights, or use float32.")
+        return value

@@ -1,0 +1,11 @@
+"""Decode problems with ∇-Reasoner and its rivals: `python scripts/decode.py --help`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from nabla_rl.cli import decode  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(decode())
