@@ -6,6 +6,7 @@ Heavy libraries are imported by the verb that needs them, so that `nabla-rl --he
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -57,6 +58,7 @@ def _modules():
     import nabla_rl.modules.decode_cli
     import nabla_rl.modules.train_tiny_cli
 
+    quiet_loggers()
     return nabla_rl.modules
 
 
@@ -68,28 +70,56 @@ def run(verb: Callable[[list[str]], int], arguments: Sequence[str] | None) -> in
     try:
         return verb(list(sys.argv[1:] if arguments is None else arguments))
     except (UserError, ArgumentError) as error:
-        return complain(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        complain("interrupted. What is finished is kept; the same command goes on from there.")
-        return 130
+        return complain(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return complain(
+            f"expected enough memory, found too little ({first_sentence(error)}). Lower --data.batch_size, take fewer "
+            "rollouts or shorter completions, or optimise a --model.nabla.support of a few tokens. What is finished "
+            "is kept."
+        )
+    except KeyboardInterrupt as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            complain("interrupted. What is finished is kept; the same command goes on from there.")
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
 
 
 def complain(message: str) -> int:
     """Print one line to the error stream; the exit code for bad input."""
-    print(f"error: {message}", file=sys.stderr)  # noqa: T201
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)  # noqa: T201
     return 2
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Was it memory that ran out? PyTorch says so by a class of its own on a GPU, by the message alone on a CPU."""
+    return (
+        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+    )
+
+
+def first_sentence(error: BaseException) -> str:
+    """The beginning of an error's message."""
+    return str(error).strip().split("\n")[0].split(". ")[0][:160] or type(error).__name__
 
 
 def quiet() -> None:
     """Keep the libraries' own notices out of a run's output."""
-    import logging
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", module=r"(lightning|torch|jsonargparse)\b.*")
+    quiet_loggers()
+
+
+def quiet_loggers() -> None:
+    """The part of `quiet` that Lightning undoes when it is first imported."""
+    import logging
+
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -26,6 +26,11 @@ from nabla_rl import functional as F
 from nabla_rl.types import LogProbsFn, Outcome, RewardFn, UserError
 
 
+CHUNK_CPU, CHUNK = 2**16, 2**25
+"""Logits that are updated at once, on a CPU (so that they stay in its cache) and elsewhere (few enough to be little
+beside the rest, enough to keep a GPU busy)."""
+
+
 @dataclass(frozen=True)
 class DTOConfig:
     """Settings of the optimisation. Defaults are the published ones unless said otherwise."""
@@ -159,11 +164,12 @@ def init(
     shaped = logits.dim() == 3 and logits.shape[2] > 0 and logits.is_floating_point()
     _require(shaped, "logits", "floating, of shape (batch, length, support)", described)
     _require(mask.shape == logits.shape[:2] and mask.dtype == torch.bool, "mask", "bool, (batch, length)", described)
-    logits = logits.detach().to(torch.float64 if logits.dtype == torch.float64 else torch.float32, copy=True)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    logits = logits.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
     mask, unknown = mask.clone(), logits.new_full((len(logits),), math.nan)
     noise = _draw_noise(logits, generator) if F.RELAXATIONS[config.relaxation].noisy else None
     moments = [torch.zeros_like(logits) if config.optimizer == "adamw" else None for _ in range(2)]
-    gradient, tokens, movable = torch.zeros_like(logits), _perturb(logits, noise).argmax(dim=-1), mask.any(dim=1)
+    gradient, tokens, movable = torch.zeros_like(logits), F.argmax(_perturb(logits, noise)), mask.any(dim=1)
     optimised = (logits, mask, noise, moments[0], moments[1])
     return DTOState(
         *optimised, gradient, tokens, movable, unknown, unknown, unknown, torch.ones_like(movable), ~movable
@@ -190,28 +196,23 @@ def step(
         evaluated = evaluated & state.stale
     if bool(evaluated.any()):
         state = _evaluate(state, evaluated, log_probs_fn, reward_fn, config)
-    logits = state.logits if donate else state.logits.clone()
-    moments = [m if donate or m is None else m.clone() for m in (state.first_moment, state.second_moment)]
-    update = F.straight_through_vjp(_perturb(logits, state.noise), state.gradient, config.tau)
-    # The norm of a position is finite if all its entries are, and needs no temporary of their size.
-    wrong = (~update.norm(dim=-1).isfinite() & state.mask).any(dim=1) | ~state.energy.isfinite()
+    norm = state.gradient.norm(dim=-1)
+    # A finite gradient leaves the relaxation finite if the softmax is, and that is where the largest logit is.
+    highest = _perturb(*(None if x is None else x.gather(-1, state.tokens[..., None]) for x in (state.logits, state.noise)))
+    usable = norm.isfinite() & (highest / config.tau).isfinite().squeeze(-1)
+    wrong = (~usable & state.mask).any(dim=1) | ~state.energy.isfinite()
     finite = state.finite & (state.converged | ~wrong)
     moving = finite & ~state.converged
     active = state.mask & moving[:, None]
-    size = config.step_size_at(state.step)
-    rule, settings = F.UPDATE_RULES[config.optimizer], {"betas": config.betas, "eps": config.eps}
-    update = rule(update, *moments, step=state.step, step_size=size, **settings).masked_fill_(~active[..., None], 0.0)
-    decay = torch.ones_like(active, dtype=logits.dtype).masked_fill_(active, 1.0 - size * config.weight_decay)
-    logits.mul_(decay[..., None]).add_(update)
-    converged = state.converged
-    if config.tolerance > 0:
-        converged = converged | (moving & ~(update.abs_() >= config.tolerance).flatten(1).any(dim=1))
     noise = state.noise
     if noise is not None and config.fresh_noise:
-        noise = torch.where(moving[:, None, None], _draw_noise(logits, generator), noise)
-    tokens = _perturb(logits, noise).argmax(dim=-1)
+        noise = torch.where(moving[:, None, None], _draw_noise(state.logits, generator), noise)
+    logits, *moments = (_own(x, donate) for x in (state.logits, state.first_moment, state.second_moment))
+    tokens, moved = _descend(state, logits, moments, noise, active, config)
+    converged = state.converged
+    if config.tolerance > 0:
+        converged = converged | (moving & ~moved.any(dim=1))
     flips = ((tokens != state.tokens) & active).sum(dim=1)
-    norm = state.gradient.norm(dim=-1)
     info = DTOInfo(state.energy, state.reward, state.logps, norm, flips, evaluated, finite)
     stale = (state.stale & ~evaluated) | (flips > 0 if config.cacheable else moving)
     kept = state._replace(logits=logits, first_moment=moments[0], second_moment=moments[1], noise=noise)
@@ -255,6 +256,41 @@ def run(
     return DTOOutput(*last, *best, stacked, evaluations, scored, state.step, outcomes)
 
 
+def _descend(
+    state: DTOState,
+    logits: Tensor,
+    moments: list[Tensor | None],
+    noise: Tensor | None,
+    active: Tensor,
+    config: DTOConfig,
+) -> tuple[Tensor, Tensor]:
+    """Update logits and moments in place, a few positions at a time so that they stay in the processor's cache.
+
+    Returns the new argmax (under `noise`) and whether a logit of the position moved as much as the tolerance.
+    """
+    size, every = config.step_size_at(state.step), bool(active.all())
+    rule, settings = F.UPDATE_RULES[config.optimizer], {"betas": config.betas, "eps": config.eps}
+    kept = torch.ones_like(active, dtype=logits.dtype).masked_fill_(active, 1.0 - size * config.weight_decay)
+    tokens, moved = torch.empty_like(state.tokens), torch.zeros_like(active)
+    split = (logits, *moments, state.gradient, state.noise, noise, active, kept, tokens, moved)
+    z, first, second, gradient, old_noise, new_noise, active, kept, *results = (
+        None if x is None else x.flatten(0, 1) for x in split
+    )
+    count = max(1, (CHUNK_CPU if logits.device.type == "cpu" else CHUNK) // logits.shape[-1])
+    for start in range(0, len(z), count):
+        part = slice(start, start + count)
+        here = [None if x is None else x[part] for x in (first, second)]
+        update = F.straight_through_vjp(_perturb(z[part], _cut(old_noise, part)), gradient[part], config.tau)
+        update = rule(update, *here, step=state.step, step_size=size, **settings)
+        if not every:
+            update.masked_fill_(~active[part, None], 0.0)
+        z[part].mul_(kept[part, None]).add_(update)
+        results[0][part] = F.argmax(_perturb(z[part], _cut(new_noise, part)))
+        if config.tolerance > 0:
+            results[1][part] = (update.abs_() >= config.tolerance).any(dim=-1)
+    return tokens, moved
+
+
 def _evaluate(
     state: DTOState,
     wanted: Tensor,
@@ -265,8 +301,14 @@ def _evaluate(
 ) -> DTOState:
     """The state with energies, and if `record` gradients, of the wanted rows."""
     rows, old = wanted.nonzero().squeeze(1), state._asdict()
-    probs = F.RELAXATIONS[config.relaxation].forward(_take(_perturb(state.logits, state.noise), rows), config.tau)
-    pieces = {"prefix": config.prefix, "postfix": config.postfix, "reward": config.reward, "record": record}
+    relaxation, logits, tokens = F.RELAXATIONS[config.relaxation], _take(state.logits, rows), None
+    if relaxation.hard:
+        tokens = _take(state.tokens, rows)
+        probs = F.one_hot(tokens, logits)
+    else:
+        noise = None if state.noise is None else _take(state.noise, rows)
+        probs = relaxation.forward(_perturb(logits, noise), config.tau)
+    pieces = {"prefix": config.prefix, "postfix": config.postfix, "reward": config.reward, "record": record, "tokens": tokens}
     new = F.energy_gradient(probs, _take(state.mask, rows), rows, log_probs_fn, reward_fn, beta=config.beta, **pieces)
     new = {name: value.to(state.logits.dtype) for name, value in new._asdict().items() if value is not None}
     every = len(rows) == len(wanted)
@@ -275,6 +317,17 @@ def _evaluate(
 
 def _take(tensor: Tensor, rows: Tensor) -> Tensor:
     return tensor if len(rows) == len(tensor) else tensor[rows]
+
+
+def _own(tensor: Tensor | None, donated: bool) -> Tensor | None:
+    """A contiguous tensor that may be overwritten: a copy, unless the original is given away."""
+    if tensor is None:
+        return None
+    return tensor.contiguous() if donated else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _cut(tensor: Tensor | None, part: slice) -> Tensor | None:
+    return None if tensor is None else tensor[part]
 
 
 def _perturb(logits: Tensor, noise: Tensor | None) -> Tensor:

@@ -114,7 +114,7 @@ class Ledger:
         return [
             {"phase": key[0], "model": key[1], "pass": key[2]} | asdict(self.cost(problem, phase=key[0], model=key[1], direction=key[2]))
             for key in sorted(self.rows)
-            if self.rows[key][problem, 0] > 0
+            if self.rows[key][problem].any()
         ]
 
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
 from itertools import islice
 from typing import Literal
 
 import lightning as L
 from torch.utils.data import DataLoader
 
-from nabla_rl.data.problems import Extract, Grader, Problem, check_unique, extract_boxed, extract_line
-from nabla_rl.data.problems import grade_boxed, grade_exact, read_jsonl
+from nabla_rl.data.problems import (
+    Extract,
+    Grader,
+    Problem,
+    check_unique,
+    extract_boxed,
+    extract_line,
+    grade_boxed,
+    grade_exact,
+    read_jsonl,
+)
 from nabla_rl.data.tiny import FAMILIES, generate
 from nabla_rl.types import UserError
 
@@ -29,8 +37,8 @@ class ProblemData(L.LightningDataModule):
         limit: problems at most.
         problem_seed: another draw of problems from the same templates. Never training ones, unless split is train.
         path: a JSONL file of your own (fields id, problem, optional answer) instead of the tiny world.
-        answers: how answers are read and graded: boxed (math-verify on the last boxed answer), exact (the whole completion).
-            Default: as the family does.
+        answers: how answers are read and graded: boxed (math-verify on the last boxed answer), exact (the whole
+            completion). Default: as the family does.
         skip_bad: leave malformed lines of `path` out instead of refusing the file.
         batch_size: problems decoded side by side. Results do not depend on it.
     """
@@ -55,15 +63,20 @@ class ProblemData(L.LightningDataModule):
         self.skip_bad, self.batch_size = skip_bad, batch_size
         own = (self.family.extract, self.family.grade)
         self.extract, self.grade = READERS[answers] if answers is not None else own
+        self.notices: list[str] = []
+        """What the user should know about the problems: lines of `path` that are left out."""
         self.problems = self._load()
 
     def _load(self) -> list[Problem]:
         if self.path is None:
             return list(islice(generate(self.family, self.split, self.problem_seed), self.limit))
         problems, complaints = read_jsonl(self.path, skip_bad=self.skip_bad)
-        for complaint in complaints:
-            warnings.warn(f"left out: {complaint}", stacklevel=2)
         check_unique(problems)
+        self.notices = [f"left out: {complaint}" for complaint in complaints]
+        if len(problems) > self.limit:
+            self.notices.append(
+                f"left out: all but the first {self.limit} of {len(problems)} problems (--data.limit)."
+            )
         return problems[: self.limit]
 
     def predict_dataloader(self) -> DataLoader:

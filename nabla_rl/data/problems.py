@@ -1,7 +1,7 @@
-"""Problems: what is asked, how a prompt is written, how an answer is graded.
+r"""Problems: what is asked, how a prompt is written, how an answer is graded.
 
-A problem comes from the embedded tiny world (`nabla_rl.data.tiny`) or from a JSONL file of the user's own. Grading is exact:
-math-verify for `\\boxed{}` answers, string equality for the sorting family.
+A problem comes from the embedded tiny world (`nabla_rl.data.tiny`) or from a JSONL file of the user's own. Grading is
+exact: math-verify for `\boxed{}` answers, string equality for the sorting family.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Problem:
 
 
 def extract_boxed(text: str) -> str | None:
-    """The content of the last complete `\\boxed{...}` of `text` (braces balanced), or None."""
+    r"""The content of the last `\boxed{...}` of `text` (braces balanced), or None where that one is not closed."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
@@ -53,7 +53,8 @@ def grade_boxed(completion: str, answer: str) -> bool:
     found = extract_boxed(completion)
     if found is None:
         return False
-    if re.fullmatch(r"-?\d+", found) and re.fullmatch(r"-?\d+", answer.strip()):
+    plain = re.compile(r"-?[0-9]{1,1000}")
+    if plain.fullmatch(found) and plain.fullmatch(answer.strip()):
         return int(found) == int(answer)
     from math_verify import parse, verify
 
@@ -81,11 +82,24 @@ def read_jsonl(path: str | Path, *, skip_bad: bool = False) -> tuple[list[Proble
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"--data.path: expected a JSONL file, found nothing at '{path}'. Check the path.")
+        found = "a folder" if path.is_dir() else "nothing"
+        raise UserError(f"--data.path: expected a JSONL file, found {found} at '{path}'. Check the path.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"{path}, line {line}: expected text in UTF-8, found a byte that is none. Convert the file."
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"--data.path: expected a JSONL file at '{path}', found: {error.strerror}. Check the path."
+        ) from error
     problems: list[Problem] = []
     complaints: list[str] = []
     seen: dict[str, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # not splitlines(): texts may hold U+2028 and its like as they are
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         complaint = _read_line(line, number, seen, problems)
@@ -105,12 +119,22 @@ def _read_line(line: str, number: int, seen: dict[str, int], problems: list[Prob
         record = json.loads(line)
     except json.JSONDecodeError as error:
         return f"expected JSON, found {line.strip()[:40]!r} ({error.msg} at column {error.colno})."
-    if not isinstance(record, dict) or "problem" not in record:
-        return "expected an object with the field `problem`, found none."
+    except (ValueError, RecursionError):  # a number of thousands of digits, brackets thousands deep
+        return f"expected JSON of a usual size, found {line.strip()[:40]!r}."
+    if not isinstance(record, dict):
+        return f"expected an object with the field `problem`, found {line.strip()[:40]!r}."
+    if "problem" not in record:
+        return f"expected the field `problem`, found {', '.join(f'`{name}`' for name in record) or 'no field'}."
     text, answer, solution = record["problem"], record.get("answer"), record.get("solution")
     if not isinstance(text, str) or not text.strip():
         return f"expected `problem` to be a non-empty string, found {text!r}."
-    key = str(record.get("id", number))
+    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        return "expected `problem` to be text, found half of a surrogate pair in it."
+    for name in ("id", "answer", "solution"):
+        value = record.get(name)
+        if isinstance(value, (dict, list, bool)):
+            return f"expected `{name}` to be a string or a number, found {json.dumps(value)[:40]}."
+    key = str(number if record.get("id") is None else record["id"])
     if key in seen:
         return f"expected a new id, found {key!r} again (first on line {seen[key]})."
     seen[key] = number

@@ -1,14 +1,14 @@
-"""The embedded tiny world: two families of problems, endless and seeded, that small networks can learn in minutes.
+r"""The embedded tiny world: two families of problems, endless and seeded, that small networks can learn in minutes.
 
 `words`
-    Grade-school word problems of 2 to 5 steps (6 to 8 in the `hard` split) of +, - and x on whole numbers up to 99, with a
-    solution of one equation a line and a `\\boxed{}` answer.
+    Grade-school word problems of 2 to 5 steps (6 to 8 in the `hard` split) of +, - and x on whole numbers up to 99,
+    with a solution of one equation a line and a `\boxed{}` answer.
 `sorting`
     8 to 12 letters (13 to 16 in `hard`) to be sorted; the completion is the answer.
 
-Splits are decided by a hash of what makes a problem the problem (the operations and operands, or the multiset of letters),
-never by its wording or a seed. A generator for one split can therefore run for ever without meeting another split: no test
-operands ever occur in training.
+Splits are decided by a hash of what makes a problem the problem (the operations and operands, or the multiset of
+letters), never by its wording or a seed. A generator for one split can therefore run for ever without meeting another
+split: no test operands ever occur in training.
 """
 
 from __future__ import annotations
@@ -100,7 +100,12 @@ WORDS = Family(
                 space + word
                 for space in ("", " ")
                 for sentence in (*OPEN, *ADD, *SUBTRACT, *MULTIPLY, *ASK)
-                for word in sentence.replace("{who}", " ").replace("{n}", " ").replace("{items}", " ").replace(".", "").replace("?", "").split()
+                for word in sentence.replace("{who}", " ")
+                .replace("{n}", " ")
+                .replace("{items}", " ")
+                .replace(".", "")
+                .replace("?", "")
+                .split()
             }
             | {space + name for space in ("", " ") for name in (*NAMES, *ITEMS)}
         )
@@ -110,7 +115,14 @@ WORDS = Family(
     max_new_tokens=88,
 )
 SORTING = Family(
-    "sorting", draw_sorting_problem, extract_line, grade_exact, tokens=(*LETTERS, "\n"), alphabet=tuple(LETTERS), pattern=r"[\s\S]", max_new_tokens=20
+    "sorting",
+    draw_sorting_problem,
+    extract_line,
+    grade_exact,
+    tokens=(*LETTERS, "\n"),
+    alphabet=tuple(LETTERS),
+    pattern=r"[\s\S]",
+    max_new_tokens=20,
 )
 FAMILIES = {family.name: family for family in (WORDS, SORTING)}
 
@@ -143,11 +155,18 @@ def generate(family: Family, split: str, seed: int | str) -> Iterator[Problem]:
 def build_tokenizer(family: Family) -> PreTrainedTokenizerFast:
     """The family's tokenizer: digits and letters alone, words whole with their leading space, exact round trip."""
     vocabulary = ["<pad>", "<bos>", "<eos>", "<unk>", *family.tokens]
-    tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({token: index for index, token in enumerate(vocabulary)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(family.pattern), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
-        clean_up_tokenization_spaces=False, padding_side="left",
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
     )

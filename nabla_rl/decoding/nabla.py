@@ -7,6 +7,8 @@
              commit y_1
     until    the completion ends, or max_rollouts are used (the rest is committed as it stands)
 
+Published is one sweep over the completion; with `sweeps` > 1 the loop starts again at the first token while rollouts are left.
+
 (∇-Reasoner, arXiv 2603.04948, Algorithms 1 and 3.) Many problems advance side by side, one position of each at a time, and
 each is independent of the others. What is known is never computed again: the prefix grows without being re-encoded, an
 unchanged or rejected token keeps its rollout and logits, and the gradient at the current completion serves every position
@@ -73,6 +75,7 @@ class _Search:
     policy_track: Track
     reward_track: Track
     position: int = 0
+    sweep: int = 0
     gradient_from: int = -1  # the gradient below covers positions from here on; -1: there is none
     gradient: Tensor | None = None  # (length - gradient_from, support), ∂L/∂y at the current completion
     support: Tensor | None = None  # (length - gradient_from, support)
@@ -93,6 +96,7 @@ class Nabla(AbstractDecoder):
     beta: float = 1.0
     acceptance: Acceptance = "energy"
     max_rollouts: int = 8
+    sweeps: int = 1
     min_entropy: float = 0.25
     min_gradient_norm: float = 0.0
     resample_temperature: float = 1.0
@@ -104,7 +108,7 @@ class Nabla(AbstractDecoder):
 
     def __post_init__(self) -> None:
         """Check the values in the spelling of the command line."""
-        for name, low in (("max_rollouts", 1), ("min_entropy", 0), ("min_gradient_norm", 0), ("resample_temperature", 0)):
+        for name, low in (("max_rollouts", 1), ("sweeps", 1), ("min_entropy", 0), ("min_gradient_norm", 0), ("resample_temperature", 0)):
             if self.__dict__[name] < low:
                 raise UserError(f"nabla.{name}: expected at least {low}, found {self.__dict__[name]}.")
         if self.dto.fresh_noise:
@@ -119,14 +123,20 @@ class Nabla(AbstractDecoder):
         searches = self._start(problems, policy, reward, ledger)
         active = searches
         while active:
-            active = [search for search in active if len(search.tried) < self.max_rollouts and self._select(search)]
+            active = [search for search in active if len(search.tried) < self.max_rollouts and self._next(search)]
             unknown = [search for search in active if search.gradient is None]
-            if unknown:
+            if unknown and self._needs_gradient:
                 self._probe(unknown, policy, reward, ledger)
-                active = [search for search in active if self._select(search)]
-            if active:
-                self._advance(active, policy, reward, ledger)
+            # a gradient that was not known before may rule the position out: the next round goes on from there
+            ready = [search for search in active if self._picked(search)[search.position]]
+            if ready:
+                self._advance(ready, policy, reward, ledger)
         return [_finish(search) for search in searches]
+
+    @property
+    def _needs_gradient(self) -> bool:
+        """Without DTO steps and without a threshold on its norm, the gradient would go unused."""
+        return self.dto.num_steps > 0 or self.min_gradient_norm > 0
 
     def _start(
         self, problems: Sequence[Problem], policy: Policy, reward: AbstractReward, ledger: Ledger
@@ -150,30 +160,42 @@ class Nabla(AbstractDecoder):
             searches.append(search)
         return searches
 
+    def _next(self, search: _Search) -> bool:
+        """Go to the next picked position, in the next sweep where this one has none left; False when all sweeps are done."""
+        while not self._select(search):
+            search.sweep += 1
+            if search.sweep >= self.sweeps:
+                return False
+            search.position = 0
+        return True
+
     def _select(self, search: _Search) -> bool:
         """Commit tokens up to the next position that the selector picks; False where there is none left."""
-        picked = search.entropy > self.min_entropy
-        if search.gradient is not None and self.min_gradient_norm > 0:
-            norms = torch.zeros_like(search.entropy)
-            norms[search.gradient_from :] = search.gradient.norm(dim=-1)
-            picked = picked & (norms > self.min_gradient_norm)
-        later = picked[search.position :].nonzero()
+        later = self._picked(search)[search.position :].nonzero()
         if len(later) == 0:
             return False
         search.position += int(later[0])
         return True
 
+    def _picked(self, search: _Search) -> Tensor:
+        """Which positions the selector picks, (length,), as far as is known."""
+        picked = search.entropy > self.min_entropy
+        if search.gradient is not None and self.min_gradient_norm > 0:
+            norms = search.gradient.norm(dim=-1)
+            picked[search.gradient_from :] &= norms > self.min_gradient_norm
+        return picked
+
     def _objective(
-        self, searches: list[_Search], policy: Policy, reward: AbstractReward, support: Tensor | None
+        self, searches: list[_Search], starts: list[int], policy: Policy, reward: AbstractReward, support: Tensor | None
     ) -> Objective:
-        """The energy of what is not committed yet."""
-        lengths = torch.tensor([len(s.ids) - s.position for s in searches], device=policy.device)
+        """The energy of the current completions as functions of their tokens from `starts` on."""
+        lengths = torch.tensor([len(s.ids) - at for s, at in zip(searches, starts, strict=True)], device=policy.device)
         mask = torch.arange(int(lengths.max()), device=policy.device) < lengths[:, None]
         return Objective(
             policy,
             reward,
-            Prefix.cat([s.policy_track.prefix_at(s.position) for s in searches]),
-            Prefix.cat([s.reward_track.prefix_at(s.position) for s in searches]),
+            Prefix.cat([s.policy_track.prefix_at(at) for s, at in zip(searches, starts, strict=True)]),
+            Prefix.cat([s.reward_track.prefix_at(at) for s, at in zip(searches, starts, strict=True)]),
             mask,
             support,
             hard=self.dto.relaxation != "softmax",
@@ -183,12 +205,13 @@ class Nabla(AbstractDecoder):
         return replace(self.dto, beta=self.beta)
 
     def _probe(self, searches: list[_Search], policy: Policy, reward: AbstractReward, ledger: Ledger) -> None:
-        """∂L/∂y at the current completion, for every position that is not committed, and the support to work on."""
-        ids = pad_sequence([s.ids[s.position :] for s in searches], batch_first=True)
-        logits = pad_sequence([s.logits[s.position :] for s in searches], batch_first=True)
+        """∂L/∂y at the current completion and the support to work on, for every position that will be visited."""
+        starts = [s.position if s.sweep + 1 == self.sweeps else 0 for s in searches]
+        ids = pad_sequence([s.ids[at:] for s, at in zip(searches, starts, strict=True)], batch_first=True)
+        logits = pad_sequence([s.logits[at:] for s, at in zip(searches, starts, strict=True)], batch_first=True)
         with ledger.phase("probe"):
             support = None
-            objective = self._objective(searches, policy, reward, None)
+            objective = self._objective(searches, starts, policy, reward, None)
             if self.support is not None and self.support < logits.shape[-1]:
                 num = min(GRADIENT_CANDIDATES, self.support - 1)
                 candidates = gradient_candidates(objective, ids, logits, self.beta, num) if num else None
@@ -202,7 +225,7 @@ class Nabla(AbstractDecoder):
         assert state.gradient is not None
         for row, search in enumerate(searches):
             real = objective.mask[row]
-            search.gradient, search.gradient_from = state.gradient[row, real], search.position
+            search.gradient, search.gradient_from = state.gradient[row, real], starts[row]
             search.support = None if support is None else support[row, real]
             search.standing = (float(state.energy[row]), float(state.reward[row]), float(state.logps[row]))
             search.counts["probes"] += 1
@@ -214,7 +237,8 @@ class Nabla(AbstractDecoder):
         for search, z, support, norm in zip(searches, z_first, supports, norms, strict=True):
             search.counts["visited"] += 1
             current = int(search.ids[search.position])
-            generator = seeded_generator(self.seed, search.problem.id, "resample", search.position, len(search.tried))
+            key = (search.problem.id, "resample", search.sweep, search.position, len(search.tried))
+            generator = seeded_generator(self.seed, *key)
             if self.resample_temperature == 0:
                 index, logps = z.argmax(), torch.zeros_like(z)
             else:
@@ -238,6 +262,9 @@ class Nabla(AbstractDecoder):
     ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor]]:
         """The optimised logits z̃_1 of each search's position, their token ids, and ‖∂L/∂y_1‖."""
         config = self._config()
+        if config.num_steps == 0:
+            norms = [s.gradient[s.position - s.gradient_from].norm() if s.gradient is not None else torch.zeros(()) for s in searches]
+            return [s.logits[s.position] for s in searches], [None] * len(searches), norms
         gradients, supports = [], []
         for search in searches:
             assert search.gradient is not None
@@ -251,20 +278,18 @@ class Nabla(AbstractDecoder):
         if support is not None:
             logits = logits.gather(-1, support)
         firsts = [None if s is None else s[0] for s in supports]
-        if config.num_steps == 0:
-            return list(logits[:, 0]), firsts, [g[0].norm() for g in gradients]
-        objective = self._objective(searches, policy, reward, support)
+        objective = self._objective(searches, [s.position for s in searches], policy, reward, support)
         state = dto.init(logits, objective.mask, config)
         start = ids if support is None else (support == ids[..., None]).int().argmax(-1)
         if config.relaxation == "straight_through":
             state = _start_at(state, start)
             # the gradient at the current completion is known: the first steps need no model
-            energy, value, logps = (torch.tensor(x, device=policy.device) for x in zip(*(s.standing for s in searches), strict=True))
+            energy, value, logps = (torch.tensor(x).to(state.logits) for x in zip(*(s.standing for s in searches), strict=True))
             state = state._replace(
                 gradient=gradient, energy=energy, reward=value, logps=logps, stale=torch.zeros_like(state.stale)
             )
         elif state.noise is not None:
-            keys = [(self.seed, s.problem.id, "noise", s.position, len(s.tried)) for s in searches]
+            keys = [(self.seed, s.problem.id, "noise", s.sweep, s.position, len(s.tried)) for s in searches]
             drawn = [sample_gumbel(noise.shape, seeded_generator(*key)) for noise, key in zip(state.noise, keys, strict=True)]
             noise = torch.stack(drawn).to(logits)
             state = state._replace(noise=noise, tokens=(state.logits + noise).argmax(-1))
@@ -316,8 +341,8 @@ class Nabla(AbstractDecoder):
                 entropy=torch.cat([search.entropy[:at], compute_entropy(logits)]),
                 finished=bool(rollout.finished[row]),
                 reward=value,
-                policy_track=policy_tracks[row],
-                reward_track=reward_tracks[row],
+                policy_track=search.policy_track.spliced(policy_tracks[row]),
+                reward_track=search.reward_track.spliced(reward_tracks[row]),
                 gradient=None,
                 gradient_from=-1,
             )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nabla_rl.functional.relaxation import hard_tokens
 from nabla_rl.functional.support import build_support
 from nabla_rl.models.backbone import Backbone, Prefix
 from nabla_rl.models.policy import Policy
@@ -52,7 +53,7 @@ class Objective:
         support = None if self.support is None else self.support[rows]
         if not self.hard:
             return {"support": support, "tokens": None}
-        index = token_probs.detach().argmax(-1)
+        index = hard_tokens(token_probs)
         return {"support": support, "tokens": index if support is None else _lookup(support, index)}
 
 
@@ -85,25 +86,33 @@ def gradient_candidates(objective: Objective, ids: Tensor, logits: Tensor, beta:
         log_probs = objective.policy.completion_log_probs(
             objective.policy_prefix, ones, objective.mask, support=support, tokens=ids
         )
-        torch.autograd.grad(log_probs.squeeze(-1).masked_fill(~objective.mask, 0.0).sum(), ones, allow_unused=True)
-    # the last token is not fed to the policy: nothing depends on its embedding
-    policy_grad = torch.nn.functional.pad(captured[0], (0, 0, 0, 1)) if captured else None
+        if log_probs.requires_grad:
+            torch.autograd.grad(log_probs.squeeze(-1).masked_fill(~objective.mask, 0.0).sum(), ones)
+    policy_grad = _pad_to(ids, captured)
     judge = reward_backbone(objective.reward)
     with judge.capture_input_gradients() as captured:
         reward = objective.reward(objective.reward_prefix, ones, objective.mask, support=support, tokens=ids)
         torch.autograd.grad(reward.sum(), ones)
-    reward_grad = captured[0]
-    if reward_grad.shape[1] < ids.shape[1]:  # a likelihood judge does not read the last token either
-        reward_grad = torch.nn.functional.pad(reward_grad, (0, 0, 0, 1))
+    reward_grad = _pad_to(ids, captured)
     best = []
     for start in range(0, ids.shape[1], CANDIDATE_CHUNK):
         part = slice(start, start + CANDIDATE_CHUNK)
         change = -logits[:, part].float().log_softmax(-1)
         if policy_grad is not None:
             change -= (policy_grad[:, part] @ objective.policy.backbone.weight.T).float()
-        change -= (reward_grad[:, part] @ judge.weight.T).float() / beta
+        if reward_grad is not None:
+            rewarding = (reward_grad[:, part] @ judge.weight[: change.shape[-1]].T).float() / beta
+            change[..., : rewarding.shape[-1]] -= rewarding
         best.append(change.topk(num, largest=False).indices)
     return torch.cat(best, 1)
+
+
+def _pad_to(ids: Tensor, captured: list[Tensor]) -> Tensor | None:
+    """The gradients at the embeddings of all `ids`: a language model does not read the last token, and maybe none."""
+    if not captured:
+        return None
+    (gradient,) = captured
+    return torch.nn.functional.pad(gradient, (0, 0, 0, ids.shape[1] - gradient.shape[1]))
 
 
 def reward_backbone(reward: AbstractReward) -> Backbone:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from nabla_rl.functional.logps import sequence_logps, upcast
+from nabla_rl.functional.logps import pick, sequence_logps, upcast
 from nabla_rl.types import LogProbsFn, RewardFn
 
 IMPOSSIBLE_LOGP = -1e4
@@ -101,9 +101,8 @@ def expected_logps(
     """
     token_probs = upcast(token_probs if prefix else token_probs.detach())
     log_probs = upcast(log_probs if postfix else log_probs.detach())
-    finite = torch.isfinite(log_probs)
-    if not bool(finite.all()):
-        harmless = (log_probs.isneginf() & (token_probs == 0)) | ~(finite | mask.unsqueeze(-1))
+    if not _all_finite(log_probs):
+        harmless = (log_probs.isneginf() & (token_probs == 0)) | ~(log_probs.isfinite() | mask.unsqueeze(-1))
         log_probs = log_probs.masked_fill(harmless, IMPOSSIBLE_LOGP)
     return sequence_logps((token_probs * log_probs).sum(dim=-1), mask)
 
@@ -131,6 +130,7 @@ def energy_gradient(
     postfix: bool = True,
     reward: bool = True,
     record: bool = True,
+    tokens: Int[Tensor, "active length"] | None = None,
 ) -> EnergyGradient:
     r"""Energy and token gradient under two frozen models, whose graphs are never in memory together.
 
@@ -151,6 +151,8 @@ def energy_gradient(
         postfix: Whether it has the postfix piece.
         reward: Whether it has the reward piece.
         record: Whether to take a gradient at all. False: forward passes only, and ``gradient`` is None.
+        tokens: Where ``token_probs`` is known to be one-hot: look-ups then take the place of products, and the callables
+            find them by :func:`nabla_rl.functional.relaxation.hard_tokens`.
 
     Returns:
         Energy, reward, log-probability and gradient of the given rows.
@@ -170,15 +172,24 @@ def energy_gradient(
     """
     shape, gradient = tuple(token_probs.shape), None
     probs = token_probs.detach().requires_grad_(record)
+    if tokens is not None:
+        probs.hard_tokens = tokens  # pyright: ignore  # for `hard_tokens`
     with torch.set_grad_enabled(record and postfix):
         log_probs = log_probs_fn(probs, rows)
     if log_probs.shape != shape:
         raise ValueError(f"`log_probs_fn` must return shape {shape}, got {tuple(log_probs.shape)}.")
     with torch.set_grad_enabled(record):
-        logps = expected_logps(probs, log_probs, mask, prefix=prefix, postfix=postfix)
-    del log_probs
+        if tokens is None:
+            logps = expected_logps(probs, log_probs, mask, prefix=prefix, postfix=postfix)
+        else:
+            logps = sequence_logps(pick(log_probs, tokens), mask)
+    owned = record and tokens is not None and prefix
     if record:
         gradient = _token_gradient(logps, probs, -1.0)
+        if owned:
+            # not in place: what autograd returns may be another's tensor, or expanded
+            gradient = gradient - _possible(log_probs.detach(), tokens)
+    del log_probs
     rewards, rewarded = torch.zeros_like(logps), record and reward and beta < float("inf")
     if reward_fn is not None:
         with torch.set_grad_enabled(rewarded):
@@ -188,11 +199,26 @@ def energy_gradient(
         if rewarded and not rewards.requires_grad:
             raise ValueError("`reward_fn` must be differentiable, got a result without a gradient. Use reward=False.")
         if gradient is not None and rewarded:
-            gradient = gradient + _token_gradient(rewards, probs, -1.0 / beta)
-    if gradient is not None:
+            change = _token_gradient(rewards, probs, -1.0 / beta)
+            gradient = gradient.add_(change) if owned else gradient + change
+    if gradient is not None and not bool(mask.all()):
         gradient = gradient.masked_fill(~mask.unsqueeze(-1), 0.0)
     rewards, logps = upcast(rewards.detach()), logps.detach()
     return EnergyGradient(compute_energy(logps, rewards, beta), rewards, logps, gradient)
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """Is every entry finite? One that is not makes the sum so, which takes no temporary; False may also be an overflow."""
+    return bool(tensor.detach().sum().isfinite())
+
+
+def _possible(log_probs: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probabilities in float32 or better, with those of impossible tokens that are not chosen made finite."""
+    log_probs = upcast(log_probs)
+    if _all_finite(log_probs):
+        return log_probs
+    harmless = log_probs.isneginf().scatter_(-1, tokens.unsqueeze(-1), False)
+    return log_probs.masked_fill(harmless, IMPOSSIBLE_LOGP)
 
 
 def _token_gradient(values: Tensor, probs: Tensor, scale: float) -> Tensor:

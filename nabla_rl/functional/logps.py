@@ -43,6 +43,61 @@ def selective_log_softmax(
     return picked.squeeze(-1) if single else picked
 
 
+class _LogSoftmax(torch.autograd.Function):
+    """log_softmax over the last axis, whose backward takes a sparse gradient (of `pick`) as well as a dense one."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor) -> Tensor:
+        log_probs = torch.log_softmax(logits, dim=-1)
+        ctx.save_for_backward(log_probs)
+        return log_probs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads: Tensor):
+        (grad,), (log_probs,) = grads, ctx.saved_tensors
+        if not grad.is_sparse:
+            return torch._log_softmax_backward_data(grad, log_probs, -1, log_probs.dtype)
+        index, values = grad._indices(), grad._values()
+        weight = log_probs.new_zeros(log_probs.shape[:-1]).index_put_(tuple(index[:-1]), values, accumulate=True)
+        change = log_probs.exp().mul_(weight.neg_().unsqueeze(-1))
+        return change.index_put_(tuple(index), values, accumulate=True)
+
+
+def log_softmax(logits: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch vocab"]:
+    """Log-probabilities of all tokens, in float32 or better; once differentiable.
+
+    Args:
+        logits: Unnormalised log-probabilities.
+
+    Returns:
+        The same shape. What :func:`pick` takes of it is differentiated without a dense gradient.
+
+    Example:
+        >>> log_softmax(torch.tensor([0.0, 0.0])).exp()
+        tensor([0.5000, 0.5000])
+    """
+    return _LogSoftmax.apply(upcast(logits))  # pyright: ignore
+
+
+def pick(log_probs: Float[Tensor, "*batch vocab"], index: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+    """The log-probability of one token of each row: a gather.
+
+    Args:
+        log_probs: Of all tokens, shape ``(*batch, vocab)``.
+        index: Token ids.
+
+    Returns:
+        Shape ``(*batch,)``.
+
+    Example:
+        >>> pick(torch.tensor([[-1.0, -2.0]]), torch.tensor([1]))
+        tensor([-2.])
+    """
+    sparse = type(log_probs.grad_fn) is _LogSoftmax._backward_cls  # pyright: ignore
+    return log_probs.gather(-1, index.unsqueeze(-1), sparse_grad=sparse).squeeze(-1)
+
+
 def sequence_logps(
     per_token_logps: Float[Tensor, "*batch length"], mask: Bool[Tensor, "*batch length"]
 ) -> Float[Tensor, "*batch"]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -25,8 +25,62 @@ def one_hot_argmax(logits: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*bat
         >>> one_hot_argmax(torch.tensor([0.1, 2.0, -1.0]))
         tensor([0., 1., 0.])
     """
-    hard = torch.zeros_like(logits, requires_grad=False)
-    return hard.scatter_(-1, logits.detach().argmax(dim=-1, keepdim=True), 1.0)
+    return one_hot(argmax(logits), logits)
+
+
+def argmax(logits: Float[Tensor, "*batch vocab"]) -> Int[Tensor, "*batch"]:
+    """The index of the largest entry of each row, the first one of equals.
+
+    It is torch's argmax, but by `max`, which on a CPU takes a fifth of the time.
+
+    Args:
+        logits: Shape ``(*batch, vocab)``.
+
+    Returns:
+        Indices, int64, shape ``(*batch,)``.
+
+    Example:
+        >>> argmax(torch.tensor([0.1, 2.0, 2.0]))
+        tensor(1)
+    """
+    return logits.detach().max(dim=-1).indices
+
+
+def one_hot(index: Int[Tensor, "*batch"], like: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch vocab"]:
+    """Vertices of the simplex, with the shape, dtype and device of ``like``.
+
+    Args:
+        index: Which vertices, shape ``(*batch,)``.
+        like: Any tensor of the wanted shape.
+
+    Returns:
+        One-hot vectors.
+
+    Example:
+        >>> one_hot(torch.tensor(1), torch.empty(3))
+        tensor([0., 1., 0.])
+    """
+    return torch.zeros_like(like, requires_grad=False).scatter_(-1, index.unsqueeze(-1), 1.0)
+
+
+def hard_tokens(token_probs: Float[Tensor, "*batch vocab"]) -> Int[Tensor, "*batch"]:
+    """The indices of one-hot vectors; without a search where they are remembered.
+
+    :func:`nabla_rl.functional.energy.energy_gradient` leaves the indices that it is given on the tensor that it hands to the
+    models, as ``token_probs.hard_tokens``. Any other tensor is searched.
+
+    Args:
+        token_probs: One-hot vectors.
+
+    Returns:
+        Indices, int64, shape ``(*batch,)``.
+
+    Example:
+        >>> hard_tokens(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+        tensor([1, 0])
+    """
+    remembered = getattr(token_probs, "hard_tokens", None)
+    return argmax(token_probs) if remembered is None else remembered
 
 
 def soft(logits: Float[Tensor, "*batch vocab"], tau: float = 1.0) -> Float[Tensor, "*batch vocab"]:

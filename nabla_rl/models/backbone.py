@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -140,6 +140,11 @@ class Track:
     problem: int
     ledger: Ledger
 
+    def spliced(self, tail: Track) -> Track:
+        """The sequence that agrees with this one up to `tail.start` tokens and goes on as `tail`."""
+        kept = self.hidden[: tail.start - self.start]
+        return replace(tail, hidden=torch.cat([kept, tail.hidden]), start=self.start)
+
     def prefix_at(self, length: int) -> Prefix:
         """Prompt and the first `length` completion tokens (at least `start`), as a batch of one. No model runs."""
         fed = length - self.start
@@ -156,16 +161,20 @@ class Track:
 
 
 class SoftEmbedding(torch.autograd.Function):
-    """Σ_v p_v E_v over a support, where `tokens` may say that p is exactly one-hot: then the forward is a look-up."""
+    """Σ_v p_v E_v over a support, where `tokens` may say that p is exactly one-hot: then the forward is a look-up.
+
+    Without a support p may be wider or narrower than the embedding matrix, as models of one family pad it to different sizes:
+    ids that the matrix does not have count as a zero embedding.
+    """
 
     @staticmethod
     def forward(ctx, token_probs: Tensor, weight: Tensor, support: Tensor | None, tokens: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight, support)
-        ctx.dtype = token_probs.dtype
+        ctx.dtype, ctx.width = token_probs.dtype, token_probs.shape[-1]
         if tokens is not None:
             return weight[tokens]
         if support is None:
-            return token_probs.to(weight.dtype) @ weight
+            return token_probs[..., : len(weight)].to(weight.dtype) @ weight[: ctx.width]
         return torch.stack([p.to(weight.dtype)[:, None] @ weight[s] for p, s in zip(token_probs, support, strict=True)]).squeeze(2)
 
     @staticmethod
@@ -173,7 +182,9 @@ class SoftEmbedding(torch.autograd.Function):
         (grad,) = grads
         weight, support = ctx.saved_tensors
         if support is None:
-            return (grad @ weight.T).to(ctx.dtype), None, None, None
+            known = (grad @ weight[: ctx.width].T).to(ctx.dtype)
+            missing = ctx.width - known.shape[-1]
+            return nn.functional.pad(known, (0, missing)) if missing else known, None, None, None
         rows = [(weight[s] @ g[..., None]).squeeze(-1) for s, g in zip(support, grad, strict=True)]
         return torch.stack(rows).to(ctx.dtype), None, None, None
 
@@ -231,7 +242,7 @@ class Backbone(nn.Module):
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=self.device).bool()
         ids = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in prompts], device=self.device)
         lengths = mask.sum(-1)
-        watch, cache = Stopwatch(self.device), DynamicCache(config=self.model.config)
+        watch, cache = Stopwatch(self.device), DynamicCache()
         with ledger.phase("prefill"):
             hidden = self.base(
                 input_ids=ids, attention_mask=mask.long(), position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
@@ -260,12 +271,13 @@ class Backbone(nn.Module):
         Args:
             prefix: encoded prompts, not changed.
             token_probs: (batch, length, support or vocab).
-            mask: (batch, length), True at real tokens.
+            mask: (batch, length), True at real tokens; what is longer than it is not fed.
             support: (batch, length, support) token ids of the last axis; None means the whole vocabulary in order.
             tokens: (batch, length) ids where `token_probs` is known to be exactly one-hot at them: a look-up, not a product.
         """
         width, count = token_probs.shape[-1], mask.sum(-1)
-        embeds = SoftEmbedding.apply(token_probs, self.weight, support, tokens)
+        # cut after the product: the backward then pads embeddings, not probabilities
+        embeds = SoftEmbedding.apply(token_probs, self.weight, support, tokens)[:, : mask.shape[1]]
         encoded = self._encode(prefix, {"inputs_embeds": embeds}, mask)
         ledger, phase, context = prefix.ledger, prefix.ledger.phase_name, prefix.lengths
         product = self.formula.soft_embedding(count, width)
@@ -292,8 +304,13 @@ class Backbone(nn.Module):
     def _encode(self, prefix: Prefix, inputs: dict[str, Tensor], mask: Tensor) -> Encoded:
         if mask.shape[1] == 0:
             return Encoded(prefix, prefix.keys, prefix.values, mask, prefix.hidden[:, None])
-        # the cache concatenates, so the prefix's own tensors stay as they are
-        cache = DynamicCache(list(zip(prefix.keys, prefix.values, strict=True)), config=self.model.config)
+        longest = int((prefix.lengths + mask.sum(-1)).max())
+        if longest > self.context_length:
+            raise UserError(
+                f"{self.name}: expected prompt and completion to fit the model's context of {self.context_length} tokens, "
+                f"found {longest}. Shorten the problem or lower --model.sampling.max_new_tokens."
+            )
+        cache = build_cache(prefix)
         watch = Stopwatch(self.device)
         hidden = self.base(
             **inputs,
@@ -307,11 +324,32 @@ class Backbone(nn.Module):
         keys, values = cache_tensors(cache)
         return Encoded(prefix, keys, values, mask, torch.cat([prefix.hidden[:, None], hidden], 1))
 
-    def record_head(self, prefix: Prefix, count: Tensor, seconds: float = 0.0, *, direction: str = "forward") -> None:
-        """Book logits or scores of `count` (batch,) positions on the pass they belong to."""
-        prefix.ledger.record(
-            self.name, direction, prefix.problems, count, self.formula.head(count), seconds, is_pass=False
-        )
+    def record_head(self, prefix: Prefix, count: Tensor) -> None:
+        """Book logits or scores of `count` (batch,) positions on the forward that they belong to."""
+        prefix.ledger.record(self.name, "forward", prefix.problems, count, self.formula.head(count), is_pass=False)
+
+    def book_backward(
+        self, tensor: Tensor, prefix: Prefix, count: Tensor, flops: Tensor, *, is_pass: bool = True
+    ) -> None:
+        """Book a backward through `tensor` when it comes, on the phase of now (see `Ledger.record`)."""
+        if not tensor.requires_grad:
+            return
+        phase = prefix.ledger.phase_name
+
+        def book(_: Tensor) -> None:
+            with prefix.ledger.phase(phase):
+                prefix.ledger.record(self.name, "backward", prefix.problems, count, flops, is_pass=is_pass)
+
+        tensor.register_hook(book)
+
+
+def build_cache(prefix: Prefix) -> DynamicCache:
+    """A cache that starts with a prefix. It concatenates, so the prefix's own tensors stay as they are.
+
+    Every layer keeps all its keys, sliding windows included: the model masks what is out of a window, while a cache that
+    dropped it could not be padded or cut.
+    """
+    return DynamicCache(list(zip(prefix.keys, prefix.values, strict=True)))
 
 
 def cache_tensors(cache: DynamicCache) -> tuple[list[Tensor], list[Tensor]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
@@ -26,7 +26,8 @@ class FlopFormula:
     @classmethod
     def of(cls, model: PreTrainedModel) -> FlopFormula:
         config = model.config
-        embeddings = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m for p in m.parameters()}
+        tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]  # of tokens, and of positions where learned
+        embeddings = {id(p) for m in (*tables, model.get_output_embeddings()) if m is not None for p in m.parameters()}
         heads = {id(p) for name, p in model.named_parameters() if name.split(".")[0] in ("score", "lm_head", "classifier")}
         block_weights = sum(p.numel() for p in model.parameters() if p.dim() >= 2 and id(p) not in embeddings | heads)
         head_dim = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads

@@ -1,4 +1,4 @@
-"""Models by folder, by Hub name, or by the name of an embedded tiny model. Safetensors only, no code from the checkpoint."""
+"""Models by folder, Hub name, or the name of an embedded tiny model. Safetensors only, no code from the checkpoint."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -29,7 +30,7 @@ class PolicyOptions:
     name: str = "tiny-policy"
     """A folder, a Hub name, or an embedded model (tiny-policy, tiny-student, tiny-strong)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
-    """Weights' type; auto is bfloat16 on a GPU, float32 elsewhere. Logits and log-probabilities are always float32."""
+    """Weights' type; auto is bfloat16 on a GPU, float32 elsewhere. Logits and log-probabilities: float32 at least."""
     system_prompt: str | None = None
     """The system turn of the chat template."""
     trust_remote_code: bool = False
@@ -65,26 +66,28 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def load_policy(options: PolicyOptions, *, family: str, device: torch.device) -> Policy:
-    """A frozen policy with its tokenizer, on a device.
+def load_policy(
+    options: PolicyOptions, *, family: str, device: torch.device, argument: str = "model.policy.name"
+) -> Policy:
+    """A frozen policy with its tokenizer, on a device. `argument` is the option that errors name.
 
     Raises:
         UserError: there is no such model, or it cannot be loaded.
     """
     name = resolve_name(options.name, family)
-    model = _load(AutoModelForCausalLM, "model.policy.name", name, options, device)
-    tokenizer = load_tokenizer("model.policy.name", name, options.trust_remote_code)
+    model = _load(AutoModelForCausalLM, argument, name, options, device)
+    tokenizer = load_tokenizer(argument, name, options.trust_remote_code)
     return Policy(model, tokenizer, system_prompt=options.system_prompt)
 
 
 def load_classifier(
-    options: RewardOptions, *, family: str, device: torch.device
+    options: RewardOptions, *, family: str, device: torch.device, argument: str = "model.reward.name"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A sequence classifier with its tokenizer, on a device."""
+    """A sequence classifier with its tokenizer, on a device. `argument` is the option that errors name."""
     assert options.name is not None
     name = resolve_name(options.name, family)
-    model = _load(AutoModelForSequenceClassification, "model.reward.name", name, options, device)
-    return model, load_tokenizer("model.reward.name", name, options.trust_remote_code)
+    model = _load(AutoModelForSequenceClassification, argument, name, options, device)
+    return model, load_tokenizer(argument, name, options.trust_remote_code)
 
 
 def load_tokenizer(argument: str, name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -92,28 +95,44 @@ def load_tokenizer(argument: str, name: str, trust_remote_code: bool = False) ->
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"--{argument}: expected a tokenizer beside '{name}', found none ({_first_line(error)}).") from error
+        raise UserError(
+            f"--{argument}: expected a tokenizer beside '{name}', found none ({_first_line(error)}). Save one there."
+        ) from error
 
 
-def _load(auto: type, argument: str, name: str, options: PolicyOptions | RewardOptions, device: torch.device) -> PreTrainedModel:
+def _load(
+    auto: type, argument: str, name: str, options: PolicyOptions | RewardOptions, device: torch.device
+) -> PreTrainedModel:
     path = Path(name)
     looks_local = name.startswith((".", "/", "~")) or path.exists() or name.count("/") > 1
     if looks_local and not (path / "config.json").is_file():
         raise UserError(
-            f"--{argument}: expected a model folder with config.json, found none at '{name}'. Check the path, or give a Hub name."
+            f"--{argument}: expected a model folder with config.json, found none at '{name}'. Check the path, or give "
+            "a Hub name."
         )
     try:
-        model = auto.from_pretrained(
+        model, info = auto.from_pretrained(
             name,
             dtype=resolve_dtype(options.dtype, device),
             use_safetensors=True,
             trust_remote_code=options.trust_remote_code,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise
         raise UserError(
-            f"--{argument}: expected a folder, a Hub name or an embedded model, found '{name}', which cannot be loaded "
-            f"({_first_line(error)}). Check the name, or download it to a folder first."
+            f"--{argument}: expected a folder, a Hub name or an embedded model, found '{name}', which cannot be "
+            f"loaded ({_first_line(error)}). Check the name, or download it to a folder first."
         ) from error
+    # transformers fills what a checkpoint lacks with random weights and says so in a log only
+    untrained = sorted(info["missing_keys"])
+    if untrained:
+        kind = "language model" if auto is AutoModelForCausalLM else "sequence classifier"
+        raise UserError(
+            f"--{argument}: expected a trained {kind}, found '{name}' without {', '.join(untrained[:3])} "
+            f"({len(untrained)} missing in all). Take a checkpoint of a {kind}."
+        )
     return model.to(device)
 
 

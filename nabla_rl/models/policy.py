@@ -9,9 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from nabla_rl.functional.logps import categorical_from_uniform, selective_log_softmax, top_p_filter
+from nabla_rl.functional.logps import (
+    categorical_from_uniform,
+    log_softmax,
+    selective_log_softmax,
+    top_p_filter,
+    upcast,
+)
 from nabla_rl.ledger import Ledger, Stopwatch
-from nabla_rl.models.backbone import Backbone, Encoded, Prefix, cache_tensors
+from nabla_rl.models.backbone import Backbone, Encoded, Prefix, build_cache, cache_tensors
 from nabla_rl.models.prompts import encode_prompt
 from nabla_rl.types import UserError
 
@@ -31,7 +37,7 @@ class Rollout:
         sampling_logps: (batch, length), log-probabilities under the law the tokens were drawn from (temperature and nucleus
             applied; zero for greedy), zero at padding.
         finished: (batch,), did the completion end by itself, or was it cut at the maximum length?
-        logits: (batch, length, vocab) float32 before temperature, where they were asked for.
+        logits: (batch, length, vocab) before temperature, float32 (float64 for a float64 model), where they were asked for.
         encoded: keys, values and hidden states of prefix and completion, where they were asked for.
     """
 
@@ -59,7 +65,7 @@ class SupportLogProbs(torch.autograd.Function):
         means, chunks = torch.empty_like(flat_hidden), []
         for start in range(0, len(flat_hidden), SupportLogProbs.CHUNK):
             part = slice(start, start + SupportLogProbs.CHUNK)
-            logits = (flat_hidden[part] @ weight.T).float()
+            logits = upcast(flat_hidden[part] @ weight.T)
             total = logits.logsumexp(-1, keepdim=True)
             chunks.append(logits.gather(-1, flat_support[part]) - total)
             means[part] = logits.sub_(total).exp_().to(weight.dtype) @ weight
@@ -91,8 +97,11 @@ class Policy(nn.Module):
         super().__init__()
         self.backbone = Backbone(model, "policy")
         self.tokenizer, self.system_prompt = tokenizer, system_prompt
-        config_eos = model.config.eos_token_id
-        eos = {tokenizer.eos_token_id, *(config_eos if isinstance(config_eos, list) else [config_eos])} - {None}
+        eos = {tokenizer.eos_token_id}
+        for config in (model.config, model.generation_config):
+            ids = getattr(config, "eos_token_id", None)
+            eos |= set(ids if isinstance(ids, list) else [ids])
+        eos -= {None}
         if not eos:
             raise UserError("policy: expected an end-of-sequence token, found none. Set `eos_token` on the tokenizer.")
         self.register_buffer("eos_ids", torch.tensor(sorted(eos), device=self.backbone.device), persistent=False)
@@ -124,8 +133,8 @@ class Policy(nn.Module):
         return self.backbone.prefill(prompts, problems, ledger)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits in float32, (..., vocab)."""
-        return self.backbone.model.get_output_embeddings()(hidden).float()
+        """Next-token logits, (..., vocab), in float32 (float64 for a float64 model)."""
+        return upcast(self.backbone.model.get_output_embeddings()(hidden))
 
     def next_logits(self, prefix: Prefix) -> Tensor:
         """Logits of the token that follows each prefix, (batch, vocab). No transformer pass."""
@@ -161,26 +170,15 @@ class Policy(nn.Module):
             (batch, length, support or vocab), float32.
         """
         # token i is predicted from the tokens before it: the last one is not fed
-        encoded = self.backbone.encode_soft(
-            prefix,
-            token_probs[:, :-1],
-            mask[:, 1:],
-            support=None if support is None else support[:, :-1],
-            tokens=None if tokens is None else tokens[:, :-1],
-        )
+        encoded = self.backbone.encode_soft(prefix, token_probs, mask[:, 1:], support=support, tokens=tokens)
         count = mask.sum(-1)
         self.backbone.record_head(prefix, count)
         hidden = encoded.hidden
-        if hidden.requires_grad:
-            phase = prefix.ledger.phase_name
-
-            def book(_: Tensor) -> None:
-                with prefix.ledger.phase(phase):
-                    self.backbone.record_head(prefix, count, direction="backward")
-
-            hidden.register_hook(book)
+        # the first position's state is the prefix's own and needs no backward
+        later = (count - 1).clamp(min=0)
+        self.backbone.book_backward(hidden, prefix, later, self.backbone.formula.head(later), is_pass=False)
         if support is None:
-            return self.logits(hidden).log_softmax(-1)
+            return log_softmax(self.logits(hidden))
         return SupportLogProbs.apply(hidden, self.head_weight, support)
 
     @torch.no_grad()
@@ -221,7 +219,8 @@ class Policy(nn.Module):
             uniforms = torch.stack([torch.rand(max_new_tokens, generator=g) for g in generators]).to(device)
         ids = torch.full((rows, max_new_tokens), self.pad_id, device=device)
         mask = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
-        logps, sampling_logps = (torch.zeros(rows, max_new_tokens, device=device) for _ in range(2))
+        dtype = torch.promote_types(prefix.hidden.dtype, torch.float32)
+        logps, sampling_logps = (torch.zeros(rows, max_new_tokens, dtype=dtype, device=device) for _ in range(2))
         store = _Store(rows, max_new_tokens, prefix) if keep_encoded else None
         kept_logits: list[Tensor] = []
         finished = torch.zeros(rows, dtype=torch.bool, device=device)
@@ -229,7 +228,7 @@ class Policy(nn.Module):
 
         active, hidden, current = torch.arange(rows, device=device), prefix.hidden, prefix
         live = torch.ones_like(active, dtype=torch.bool)  # rows of the running batch that have not ended
-        cache = DynamicCache(list(zip(prefix.keys, prefix.values, strict=True)), config=self.backbone.model.config)
+        cache = build_cache(prefix)
         columns, length = prefix.mask, 0
         watch = Stopwatch(device)
         while True:
@@ -251,7 +250,7 @@ class Policy(nn.Module):
             ids[alive, length], mask[alive, length] = tokens[live], True
             logps[alive, length] = selective_log_softmax(logits, tokens)[live]
             if keep_logits:
-                full = torch.zeros(rows, logits.shape[-1], device=device)
+                full = logits.new_zeros(rows, logits.shape[-1])
                 full[alive] = logits[live]
                 kept_logits.append(full)
             if store is not None:
@@ -273,12 +272,13 @@ class Policy(nn.Module):
                 active, tokens, columns = active[index], tokens[index], columns[index]
                 current, live = current.select(index), live[index]
                 kept = zip(*cache_tensors(cache), strict=True)
-                cache = DynamicCache([(k[index], v[index]) for k, v in kept], config=self.backbone.model.config)
+                cache = DynamicCache([(k[index], v[index]) for k, v in kept])
             columns = torch.cat([columns, torch.ones_like(columns[:, :1])], 1)
             hidden = self.backbone.base(
                 input_ids=tokens[:, None],
                 attention_mask=columns.long(),
-                position_ids=(columns.sum(-1, keepdim=True) - 1),
+                # rows that have ended run on until they are dropped, perhaps beyond the context
+                position_ids=(columns.sum(-1, keepdim=True) - 1).clamp(max=self.backbone.context_length - 1),
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state[:, -1]

@@ -31,7 +31,8 @@ def encode_judged(
     finished completion already ends with it).
     """
     if tokenizer.chat_template is None:
-        return encode_prompt(tokenizer, problem), []
+        return encode_prompt(tokenizer, problem, system_prompt=system_prompt), []
+    check_problem(tokenizer, problem, system_prompt)
     turns = [*_turns(problem, system_prompt), {"role": "assistant", "content": COMPLETION_MARK}]
     text = str(tokenizer.apply_chat_template(turns, tokenize=False))
     before, _, after = text.partition(COMPLETION_MARK)

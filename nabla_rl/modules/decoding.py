@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
 import torch
 
 from nabla_rl.data.module import ProblemData
-from nabla_rl.data.problems import Problem
+from nabla_rl.data.problems import Extract, Problem, extract_line
 from nabla_rl.decoding import AbstractDecoder, BestOfN, Decoded, Greedy, Nabla, Sample, Sampling, SelfConsistency
 from nabla_rl.decoding.acceptance import Acceptance
 from nabla_rl.decoding.base import score_rollouts
@@ -20,6 +22,8 @@ from nabla_rl.dto import DTOConfig
 from nabla_rl.functional.energy import compute_energy
 from nabla_rl.ledger import Ledger
 from nabla_rl.models.loading import PolicyOptions, RewardOptions, load_classifier, load_policy
+from nabla_rl.models.policy import Policy
+from nabla_rl.models.prompts import encode_judged
 from nabla_rl.report.run_folder import RunFolder
 from nabla_rl.rewards.base import AbstractReward, check_shared_vocabulary
 from nabla_rl.rewards.likelihood import LikelihoodReward
@@ -27,6 +31,7 @@ from nabla_rl.rewards.sequence_classifier import SequenceClassifierReward
 from nabla_rl.types import UserError
 
 DecoderName = Literal["greedy", "sample", "best_of_n", "self_consistency", "nabla"]
+NEED_REWARD = ("best_of_n", "nabla")
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ class NablaOptions:
     """A proposal must lower the energy, raise the reward (as published), or pass a Metropolis test."""
     max_rollouts: int = 8
     """Rollouts at most for each problem, the first one included (N_max)."""
+    sweeps: int = 1
+    """Passes over the completion at most (published: 1), while rollouts are left."""
     min_entropy: float = 0.25
     """Positions with less entropy (nats) keep their token."""
     min_gradient_norm: float = 0.0
@@ -102,12 +109,20 @@ class Decoding(L.LightningModule):
     ):
         super().__init__()
         if not beta > 0:
-            raise UserError(f"--model.beta: expected a positive number, found {beta}. Use .inf to leave the reward out.")
+            raise UserError(
+                f"--model.beta: expected a positive number, found {beta}. Use .inf to leave the reward out."
+            )
         if not decoders or len(set(decoders)) != len(decoders):
             raise UserError(f"--model.decoders: expected a list of different decoders, found {decoders}.")
         for name, n in (("best_of_n", best_of_n.n), ("self_consistency", self_consistency.n)):
             if n < 1:
                 raise UserError(f"--model.{name}.n: expected at least 1, found {n}.")
+        needy = [name for name in decoders if name in NEED_REWARD]
+        if reward.name is None and needy:
+            raise UserError(
+                f"--model.reward.name: expected a reward model for {' and '.join(needy)}, found none. Name one, or "
+                f"leave {' and '.join(needy)} out of --model.decoders."
+            )
         self.options = {"policy": policy, "reward": reward, "gold": gold}
         self.decoder_names, self.beta, self.sampling, self.seed, self.family = decoders, beta, sampling, seed, family
         self.best_of_n, self.self_consistency, self.nabla = best_of_n, self_consistency, nabla
@@ -116,29 +131,43 @@ class Decoding(L.LightningModule):
         self.policy: Any = None
         self.reward: AbstractReward | None = None
         self.gold: AbstractReward | None = None
+        for name in decoders:
+            # a wrong setting is better found before the models are loaded
+            self.build_decoder(name, extract_line)
 
     def load_models(self, device: torch.device) -> None:
         """Load policy, reward and gold judge, and check that they can be used together."""
         self.policy = load_policy(self.options["policy"], family=self.family, device=device)
-        self.reward = load_reward(self.options["reward"], family=self.family, device=device)
-        self.gold = load_reward(self.options["gold"], family=self.family, device=device)
-        for reward in (self.reward, self.gold):
-            if reward is not None:
-                check_shared_vocabulary(self.policy.tokenizer, reward.tokenizer)
+        for role in ("reward", "gold"):
+            try:
+                judge = load_reward(self.options[role], family=self.family, device=device, role=role)
+                if judge is not None:
+                    check_shared_vocabulary(self.policy.tokenizer, judge.tokenizer)
+            except UserError as error:
+                raise UserError(in_role(str(error), role)) from error
+            setattr(self, role, judge)
+
+    def prepare(self, device: torch.device, problems: Sequence[Problem]) -> None:
+        """Load the models and check that every problem fits them, before anything is decoded."""
+        self.load_models(device)
+        for judge in (self.reward, self.gold):
+            check_lengths(problems, self.policy, judge, self.sampling.max_new_tokens)
 
     def setup(self, stage: str) -> None:
+        """Load the models, where that was not done before."""
         if self.policy is None:
-            self.load_models(self.trainer.strategy.root_device)
+            self.prepare(self.trainer.strategy.root_device, self.data.problems)
 
     @property
     def data(self) -> ProblemData:
+        """The problems that are being decoded."""
         data = self.trainer.datamodule  # pyright: ignore
         assert isinstance(data, ProblemData)
         return data
 
-    def build_decoder(self, name: str) -> AbstractDecoder:
-        """The decoder of that name, with this module's settings."""
-        sampling, seed, extract = self.sampling, self.seed, self.data.extract
+    def build_decoder(self, name: str, extract: Extract) -> AbstractDecoder:
+        """The decoder of that name, with this module's settings; `extract` reads the answers that votes are for."""
+        sampling, seed = self.sampling, self.seed
         builders: dict[str, Callable[[], AbstractDecoder]] = {
             "greedy": lambda: Greedy(sampling),
             "sample": lambda: Sample(sampling, seed),
@@ -150,7 +179,9 @@ class Decoding(L.LightningModule):
         }
         return builders[name]()
 
-    def transfer_batch_to_device(self, batch: list[Problem], device: torch.device, dataloader_idx: int) -> list[Problem]:
+    def transfer_batch_to_device(
+        self, batch: list[Problem], device: torch.device, dataloader_idx: int
+    ) -> list[Problem]:
         """Problems are text: the decoders put what they make of them where the models are."""
         return batch
 
@@ -169,11 +200,11 @@ class Decoding(L.LightningModule):
     def decode_batch(self, name: str, problems: Sequence[Problem]) -> list[dict]:
         """The lines of results.jsonl for one decoder and one batch."""
         ledger, start = Ledger(len(problems)), time.perf_counter()
-        results = self.build_decoder(name).decode(problems, self.policy, self.reward, ledger)
+        results = self.build_decoder(name, self.data.extract).decode(problems, self.policy, self.reward, ledger)
         seconds = (time.perf_counter() - start) / len(problems)
         judged = {}
         for judge, model in (("reward", self.reward), ("gold_reward", self.gold)):
-            judged[judge] = judge_results(model, problems, results)
+            judged[judge] = judge_results(model, problems, results, role=judge)
         return [
             self._row(name, problem, result, ledger, index, seconds, judged)
             for index, (problem, result) in enumerate(zip(problems, results, strict=True))
@@ -193,7 +224,9 @@ class Decoding(L.LightningModule):
         policy, judge = ledger.cost(index, model="policy"), ledger.cost(index, model="reward")
         energy = None
         if reward is not None:
-            energy = float(compute_energy(torch.tensor(result.logps).double(), torch.tensor(reward).double(), self.beta))
+            energy = float(
+                compute_energy(torch.tensor(result.logps).double(), torch.tensor(reward).double(), self.beta)
+            )
         return {
             "id": problem.id,
             "decoder": name,
@@ -226,20 +259,55 @@ class Decoding(L.LightningModule):
         }
 
 
-def load_reward(options: RewardOptions, *, family: str, device: torch.device) -> AbstractReward | None:
-    """The reward that the options ask for; None where its name is null."""
+def load_reward(
+    options: RewardOptions, *, family: str, device: torch.device, role: str = "reward"
+) -> AbstractReward | None:
+    """The reward that the options ask for; None where its name is null. Errors name the options of `role`."""
     if options.name is None:
         return None
+    argument = f"model.{role}.name"
     if options.kind == "likelihood":
         policy = PolicyOptions(options.name, options.dtype, options.system_prompt, options.trust_remote_code)
-        return LikelihoodReward(load_policy(policy, family=family, device=device))
-    model, tokenizer = load_classifier(options, family=family, device=device)
+        return LikelihoodReward(load_policy(policy, family=family, device=device, argument=argument))
+    model, tokenizer = load_classifier(options, family=family, device=device, argument=argument)
     return SequenceClassifierReward(model, tokenizer, system_prompt=options.system_prompt)
+
+
+def in_role(message: str, role: str) -> str:
+    """The error of a reward with the option of the judge that it is about."""
+    if not message.startswith("model.reward:"):
+        return message
+    hint = " Or pass --model.gold.name null: no decoder needs it." if role == "gold" else ""
+    return f"--{message.replace('model.reward:', f'model.{role}:', 1)}{hint}"
+
+
+def check_lengths(
+    problems: Sequence[Problem], policy: Policy, judge: AbstractReward | None, max_new_tokens: int
+) -> None:
+    """Refuse the first problem that, with a completion after it, is longer than the policy or the judge can read."""
+    readers: list[tuple[str, int, Callable[[str], int]]] = [
+        ("policy", policy.backbone.context_length, lambda text: len(policy.encode_prompt(text)))
+    ]
+    if isinstance(judge, LikelihoodReward):
+        reader = judge.judge
+        readers.append(("reward", reader.backbone.context_length, lambda text: len(reader.encode_prompt(text))))
+    elif isinstance(judge, SequenceClassifierReward):
+        around = partial(encode_judged, judge.tokenizer, system_prompt=judge.system_prompt)
+        readers.append(("reward", judge.backbone.context_length, lambda text: sum(map(len, around(text)))))
+    for problem in problems:
+        for name, limit, count in readers:
+            length = count(problem.problem)
+            if length + max_new_tokens > limit:
+                raise UserError(
+                    f"problem {problem.id!r}: expected prompt and completion to fit the {name} model's context of "
+                    f"{limit} tokens, found {length} + {max_new_tokens}. Shorten the problem or lower "
+                    "--model.sampling.max_new_tokens."
+                )
 
 
 @torch.no_grad()
 def judge_results(
-    judge: AbstractReward | None, problems: Sequence[Problem], results: Sequence[Decoded]
+    judge: AbstractReward | None, problems: Sequence[Problem], results: Sequence[Decoded], *, role: str = "reward"
 ) -> list[float | None]:
     """r(x, y) of final completions: evaluation, booked on no decoder's account."""
     if judge is None:
@@ -250,4 +318,10 @@ def judge_results(
     lengths = torch.tensor([len(row) for row in rows], device=device)
     mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
     rewards, _ = score_rollouts(problems, judge, ids, mask, Ledger(len(problems)))
+    for problem, value in zip(problems, rewards.tolist(), strict=True):
+        if not math.isfinite(value):
+            raise UserError(
+                f"{role}: expected finite scores, found {value} for problem {problem.id!r}. Check the weights, or use "
+                "float32."
+            )
     return rewards.tolist()

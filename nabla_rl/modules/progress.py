@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 
 import lightning as L
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from nabla_rl.data.module import ProblemData
 from nabla_rl.modules.decoding import Decoding
+
+
+class AccuracyBar(Progress):
+    """A bar with a line of accuracies below it, so that neither cuts the other short."""
+
+    accuracies = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bar, and the line where there is something to say."""
+        yield self.make_tasks_table(self.tasks)
+        if self.accuracies:
+            yield Text(self.accuracies)
 
 
 class DecodingProgress(L.Callback):
@@ -18,39 +32,43 @@ class DecodingProgress(L.Callback):
     def __init__(self, data: ProblemData, module: Decoding):
         self.data, self.module = data, module
         self.graded: dict[str, list[bool]] = defaultdict(list)
+        self.bar: AccuracyBar | None = None
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the bar on the first process."""
         if not trainer.is_global_zero:
             return
         share = -(-len(self.data.problems) // trainer.world_size)
-        self.bar = Progress(
+        self.bar = AccuracyBar(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[accuracy]}"),
             console=Console(stderr=True),
         )
-        self.task = self.bar.add_task("decoding", total=share * len(self.module.decoder_names), accuracy="")
+        self.task = self.bar.add_task("decoding", total=share * len(self.module.decoder_names))
         self.bar.start()
         self.module.on_rows = self.show
 
     def show(self, rows: list[dict]) -> None:
         """Take note of finished lines."""
+        if self.bar is None:
+            return
         for row in rows:
             if row["correct"] is not None:
                 self.graded[row["decoder"]].append(row["correct"])
-        text = "  ".join(f"{name} {sum(right) / len(right):.2f}" for name, right in self.graded.items())
-        self.bar.update(self.task, advance=len(rows), accuracy=text)
+        shares = (f"{name} {sum(right) / len(right):.2f}" for name, right in self.graded.items())
+        self.bar.accuracies = "accuracy: " + "  ".join(shares) if self.graded else ""
+        self.bar.update(self.task, advance=len(rows))
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave the finished bar on the screen."""
-        if trainer.is_global_zero:
+        if self.bar is not None:
             self.bar.stop()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Give the terminal back."""
-        if trainer.is_global_zero and self.module.on_rows == self.show:
-            self.bar.stop()
+        """Give the terminal back; into a file goes only what went wrong."""
+        if self.bar is not None:
+            self.bar.live.transient = not self.bar.console.is_terminal
+            self.bar.live.stop()

@@ -46,12 +46,36 @@ def process_labels(tokens: Sequence[int], right: Sequence[int]) -> list[int]:
     return labels
 
 
+def token_weights(labels: Tensor) -> Tensor:
+    """Weight of each token's loss: the first wrong token counts most, those after it little.
+
+    Until a judge can see the first error, what follows it carries no signal, only noise; afterwards it is easy.
+
+    Args:
+        labels: (batch, length), 1 right so far, 0 not, -100 not judged.
+
+    Returns:
+        (batch, length), `FIRST_ERROR` at first wrong tokens, `AFTER_ERROR` at later ones, 1 elsewhere.
+    """
+    wrong = labels == 0
+    before = F.pad(wrong[:, :-1], (1, 0))
+    weights = torch.ones_like(labels, dtype=torch.float32)
+    return weights.masked_fill(wrong & ~before, FIRST_ERROR).masked_fill(wrong & before, AFTER_ERROR)
+
+
 def corrupt(tokens: Sequence[int], alphabet: Sequence[int], rng: random.Random) -> list[int]:
     """The solution with one token of `alphabet` replaced by another one of it: a hard negative."""
     places = [index for index, token in enumerate(tokens) if token in alphabet]
     place = rng.choice(places)
     wrong = rng.choice([token for token in alphabet if token != tokens[place]])
     return [*tokens[:place], wrong, *tokens[place + 1 :]]
+
+
+FIRST_ERROR, AFTER_ERROR = 4.0, 0.1
+"""Weights of the loss at the first wrong token of a completion, and at those after it."""
+
+JudgedRow = tuple[list[int], list[int], list[int]]
+"""Prompt ids, completion ids, and the completion's labels."""
 
 
 class JudgedBatches(IterableDataset):
@@ -62,7 +86,7 @@ class JudgedBatches(IterableDataset):
     Yields `input_ids` (batch, length) and `labels` (batch, length): 0 or 1 on completion tokens, -100 elsewhere.
     """
 
-    CHUNK = 16
+    CHUNK = 32
     """Batches whose samples are drawn together."""
 
     def __init__(self, family: Family, policy: Policy, *, batch_size: int, seed: int, start: int):
@@ -73,13 +97,12 @@ class JudgedBatches(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         chunk, skip = divmod(self.start, self.CHUNK)
         while True:
-            rows = self.draw(chunk)
-            for index in range(skip, self.CHUNK):
-                yield self.collate(rows[index :: self.CHUNK])
+            for rows in self.draw(chunk)[skip:]:
+                yield self.collate(rows)
             chunk, skip = chunk + 1, 0
 
-    def draw(self, chunk: int) -> list[tuple[list[int], list[int], list[int]]]:
-        """Prompt, completion and labels of the CHUNK · batch_size rows of one chunk."""
+    def draw(self, chunk: int) -> list[list[JudgedRow]]:
+        """The CHUNK batches of one chunk, each of rows of similar length."""
         rng = random.Random(f"{self.seed}/{chunk}")
         source = generate(self.family, "train", f"judge/{self.seed}/{chunk}")
         problems = [next(source) for _ in range(self.CHUNK * self.batch_size)]
@@ -95,9 +118,12 @@ class JudgedBatches(IterableDataset):
             for prompt, completion, right in zip(prompts, completions, rights, strict=True)
         ]
         rng.shuffle(rows)
-        return rows
+        rows.sort(key=lambda row: len(row[0]) + len(row[1]))  # little padding in a batch
+        batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+        rng.shuffle(batches)
+        return batches
 
-    def collate(self, rows: list[tuple[list[int], list[int], list[int]]]) -> dict[str, Tensor]:
+    def collate(self, rows: list[JudgedRow]) -> dict[str, Tensor]:
         width = max(len(prompt) + len(completion) for prompt, completion, _ in rows)
         ids, labels = torch.zeros(len(rows), width, dtype=torch.int64), torch.full((len(rows), width), -100)
         for row, (prompt, completion, label) in enumerate(rows):
@@ -147,7 +173,9 @@ class TinyJudge(L.LightningModule):
         hidden = self.model.model(input_ids=batch["input_ids"]).last_hidden_state
         values = self.model.score(hidden).squeeze(-1).float()
         judged = batch["labels"] >= 0
-        loss = F.binary_cross_entropy_with_logits(values[judged], batch["labels"][judged].float())
+        weights = token_weights(batch["labels"])[judged]
+        losses = F.binary_cross_entropy_with_logits(values[judged], batch["labels"][judged].float(), reduction="none")
+        loss = (weights * losses).sum() / weights.sum()
         self.log("loss", loss, prog_bar=True)
         self.log("accuracy", ((values > 0) == (batch["labels"] > 0))[judged].float().mean(), prog_bar=True)
         return loss

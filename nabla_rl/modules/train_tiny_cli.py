@@ -1,0 +1,191 @@
+"""`python scripts/train_tiny.py`: one of the embedded tiny models, from its YAML to its folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import lightning as L
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from nabla_rl.data.tiny import FAMILIES, build_tokenizer
+from nabla_rl.models.loading import ASSETS, PolicyOptions, load_policy
+from nabla_rl.modules.tiny import TinyPretraining
+from nabla_rl.modules.tiny_card import write_card
+from nabla_rl.modules.tiny_judge import TinyJudge, judge_from_language_model
+from nabla_rl.types import UserError
+
+
+@dataclass(frozen=True)
+class LanguageModelShape:
+    """Size of a tiny language model (a Llama configuration)."""
+
+    hidden_size: int = 128
+    """Width of the residual stream."""
+    intermediate_size: int = 352
+    """Width of the feed-forward layers."""
+    num_layers: int = 4
+    """Blocks."""
+    num_heads: int = 4
+    """Attention heads."""
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """What a judge is built from."""
+
+    policy: str = "tiny-policy"
+    """Whose samples it learns on: an embedded model or a folder."""
+    base: str = "tiny-strong"
+    """The finished language model that it starts from: an embedded model or a folder."""
+    extra_layers: int = 2
+    """Fresh blocks on top: a token can only be compared with its own prediction one layer after that is complete."""
+
+
+@dataclass(frozen=True)
+class TrainTinyOptions:
+    """One tiny model."""
+
+    name: str
+    """Embedded name, or a folder to save to."""
+    family: Literal["words", "sorting"] = "words"
+    """Which problems."""
+    shape: LanguageModelShape = LanguageModelShape()
+    """Size of a language model; a judge takes its base's."""
+    judge: JudgeOptions | None = None
+    """Set for a judge; null for a language model."""
+    max_steps: int = 1000
+    """Optimiser steps."""
+    stop_at: int | None = None
+    """Stop after so many steps of the schedule: an early checkpoint of a longer run."""
+    batch_size: int = 64
+    """Sequences a step."""
+    learning_rate: float = 2e-3
+    """Peak step size of AdamW."""
+    warmup: int = 100
+    """Steps of linear warm-up."""
+    decay: float = 0.25
+    """Share of the steps, at the end, over which the step size falls to zero."""
+    seed: int = 0
+    """Of weights and data."""
+
+
+def train(options: TrainTinyOptions, *, run_dir: str | None = None, accelerator: str = "auto") -> Path:
+    """Train one tiny model, resuming from the run folder where there is something, and save it in float16.
+
+    Args:
+        options: the model.
+        run_dir: checkpoints (default: runs/train_tiny/<family>/<name>).
+        accelerator: Lightning's: cpu, gpu or auto.
+
+    Returns:
+        The model's folder.
+    """
+    family = FAMILIES[options.family]
+    folder = Path(run_dir or Path("runs/train_tiny") / options.family / Path(options.name).name)
+    L.seed_everything(options.seed, verbose=False)
+    module = _judge(options) if options.judge is not None else _language_model(options)
+    bar = RichProgressBar()
+    checkpoints = ModelCheckpoint(folder, every_n_train_steps=100, save_last=True, filename="{step}")
+    trainer = L.Trainer(
+        max_steps=min(options.max_steps, options.stop_at or options.max_steps),
+        max_epochs=-1,
+        accelerator=accelerator,
+        devices=1,
+        logger=False,
+        gradient_clip_val=1.0,
+        enable_model_summary=False,
+        callbacks=[bar, checkpoints],
+    )
+    last = folder / "last.ckpt"
+    trainer.fit(module, ckpt_path=str(last) if last.is_file() else None)
+    output = ASSETS / options.family / options.name if "/" not in options.name else Path(options.name)
+    save(module.model, output)
+    build_tokenizer(family).save_pretrained(output)
+    return output
+
+
+def save(model: PreTrainedModel, output: Path) -> None:
+    """Save weights in float16 as safetensors; the models run in float32."""
+    model.cpu().half().save_pretrained(output)
+    for file in output.iterdir():
+        file.chmod(0o644)
+
+
+def _language_model(options: TrainTinyOptions) -> TinyPretraining:
+    family, shape = FAMILIES[options.family], options.shape
+    tokenizer = build_tokenizer(family)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_heads,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return TinyPretraining(LlamaForCausalLM(config), tokenizer, family, **_schedule(options))
+
+
+def _judge(options: TrainTinyOptions) -> TinyJudge:
+    assert options.judge is not None
+    cpu = torch.device("cpu")
+    policy = load_policy(PolicyOptions(options.judge.policy), family=options.family, device=cpu)
+    base = load_policy(PolicyOptions(options.judge.base), family=options.family, device=cpu).backbone.model
+    assert isinstance(base, LlamaForCausalLM)
+    judge = judge_from_language_model(base, options.judge.extra_layers)
+    return TinyJudge(judge, policy, FAMILIES[options.family], **_schedule(options))
+
+
+def _schedule(options: TrainTinyOptions) -> dict:
+    names = ("batch_size", "learning_rate", "warmup", "decay", "max_steps", "seed")
+    return {name: getattr(options, name) for name in names}
+
+
+def main(arguments: list[str]) -> int:
+    """Train one model, or evaluate a family's models and write their card."""
+    parser = ArgumentParser(
+        prog="train_tiny.py",
+        description="Make one of the embedded tiny models, or (--card) measure a family's models and write their card.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="a YAML of configs/train_tiny")
+    parser.add_class_arguments(TrainTinyOptions, "model")
+    parser.add_argument("--run_dir", type=str, default=None, help="checkpoints (default: runs/train_tiny/<family>/<name>)")
+    parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu or auto")
+    parser.add_argument("--card", type=str, default=None, help="words or sorting: measure and write the card instead")
+    parser.add_argument("--card_problems", type=int, default=400, help="test problems that the card is measured on")
+    if not arguments:
+        parser.print_help()
+        return 0
+    card = _value_of(arguments, "--card")
+    if card is not None:
+        if card not in FAMILIES:
+            raise UserError(f"--card: expected one of {', '.join(FAMILIES)}, found {card!r}.")
+        problems = int(_value_of(arguments, "--card_problems") or 400)
+        print(write_card(FAMILIES[card], ASSETS / card, num_problems=problems))  # noqa: T201
+        return 0
+    config = parser.parse_args(arguments)
+    options = parser.instantiate_classes(config).model
+    output = train(options, run_dir=config.run_dir, accelerator=config.accelerator)
+    print(f"saved to {output}")  # noqa: T201
+    return 0
+
+
+def _value_of(arguments: list[str], name: str) -> str | None:
+    for index, argument in enumerate(arguments):
+        if argument == name and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if argument.startswith(f"{name}="):
+            return argument.partition("=")[2]
+    return None
+
+

@@ -1,14 +1,17 @@
 """The folder of a run: `config.yaml`, `results.jsonl`, `summary.json`, `report.html`.
 
-Results are appended as they are made and flushed to the disk, so that a killed run loses at most what it was working on. The
-same command continues it; another configuration is refused. Several processes write one file each, merged at the end.
+Results are appended as they are made and flushed to the disk, so that a killed run loses at most what it was working
+on. The same command continues it; another configuration is refused. Several processes write one file each, merged at
+the end.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -47,41 +50,68 @@ class RunFolder:
 
     def __init__(self, path: str | Path, config: Mapping[str, Any], *, rank: int = 0, world_size: int = 1):
         self.path = Path(path)
-        self.config = config
-        self.config_hash = blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=6).hexdigest()
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._check_config()
+        self.config = json.loads(json.dumps(config))
+        known = {name: value for name, value in flatten(self.config).items() if value is not None}
+        self.config_hash = blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=6).hexdigest()
         name = "results.jsonl" if world_size == 1 else f"results.rank{rank}.jsonl"
         self.file = self.path / name
-        for file in self._files():
-            _repair(file)
-        self.rows = self._read()
+        with _as_user_error(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            # a folder that is refused is left as it is
+            if any(file.is_file() and file.stat().st_size for file in self._files()):
+                self._check_config()
+            self.rows = self._read()
+            _repair(self.file)
+            _write_atomically(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
 
     def _files(self) -> list[Path]:
         return [self.path / "results.jsonl", *sorted(self.path.glob("results.rank*.jsonl"))]
 
     def _check_config(self) -> None:
+        """Refuse the results of another configuration."""
         file = self.path / "config.yaml"
         if not file.is_file():
-            _write_atomically(file, yaml.safe_dump(dict(self.config), sort_keys=False))
             return
-        there, here = flatten(yaml.safe_load(file.read_text()) or {}), flatten(self.config)
+        try:
+            there = flatten(yaml.safe_load(file.read_text(encoding="utf-8")))
+        except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
+            raise UserError(
+                f"--run_dir: expected the configuration of a run in {file}, found something else. Choose another "
+                "--run_dir."
+            ) from None
+        here = flatten(self.config)
         differing = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
         if differing:
             name = differing[0]
             more = f" and {len(differing) - 1} more settings" if len(differing) > 1 else ""
             raise UserError(
-                f"--run_dir: expected {self.path} to hold this configuration, found {name} = {there.get(name)!r} there and "
-                f"{here.get(name)!r} now{more}. Choose another --run_dir, or delete that folder."
+                f"--run_dir: expected {self.path} to hold this configuration, found {name} = {there.get(name)!r} "
+                f"there and {here.get(name)!r} now{more}. Choose another --run_dir, or delete that folder."
             )
 
     def _read(self) -> dict[Key, dict]:
         rows: dict[Key, dict] = {}
         for file in self._files():
-            if file.is_file():
-                for line in file.read_text(encoding="utf-8").splitlines():
+            if not file.is_file():
+                continue
+            # not splitlines(): texts may hold U+2028 and its like as they are. After the last line break stands
+            # nothing, or a line that was not written to its end.
+            lines = file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+            for number, line in enumerate(lines, start=1):
+                try:
                     row = json.loads(line)
-                    rows.setdefault((row["id"], row["decoder"]), row)
+                    key, config = (row["id"], row["decoder"]), row["config"]
+                except (ValueError, KeyError, TypeError):
+                    raise UserError(
+                        f"--run_dir: expected a result in {file}, line {number}, found {line[:40]!r}. Delete that "
+                        "line, or choose another --run_dir."
+                    ) from None
+                if config != self.config_hash:
+                    raise UserError(
+                        f"--run_dir: expected results of this configuration in {file}, found those of another on line "
+                        f"{number}. Choose another --run_dir, or delete that folder."
+                    )
+                rows.setdefault(key, row)
         return rows
 
     def missing(self, ids: Iterable[str], decoder: str) -> list[str]:
@@ -93,8 +123,8 @@ class RunFolder:
         new = [row for row in rows if (row["id"], row["decoder"]) not in self.rows]
         if not new:
             return
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new))
+        with _as_user_error(self.path), self.file.open("a", encoding="utf-8") as file:
+            file.write("".join(_line(row) for row in new))
             file.flush()
             os.fsync(file.fileno())
         self.rows |= {(row["id"], row["decoder"]): row for row in new}
@@ -105,15 +135,44 @@ class RunFolder:
         decoders = list(decoders)
         keys = [(key, decoder) for key in ids for decoder in decoders]
         ordered = [self.rows[key] for key in keys if key in self.rows]
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered)
-        _write_atomically(self.path / "results.jsonl", text)
+        with _as_user_error(self.path):
+            _write_atomically(self.path / "results.jsonl", "".join(map(_line, ordered)))
         for file in self.path.glob("results.rank*.jsonl"):
             file.unlink()
         return ordered
 
     def write_json(self, name: str, value: Any) -> Path:
         """Write a JSON file whole or not at all."""
-        return _write_atomically(self.path / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        with _as_user_error(self.path):
+            return _write_atomically(self.path / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def _as_user_error(path: Path) -> Iterator[None]:
+    """A folder that cannot be made, read or written is an error of the input."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"--run_dir: expected a folder that can be written, found none at {path} ({error.strerror or error}). "
+            "Choose another --run_dir, or make room; the same command goes on from what is there."
+        ) from error
+
+
+def _line(row: dict) -> str:
+    """A result as one line. JSON has no NaN and no infinity: they become null."""
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError:
+        return json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite(entry) for name, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def _repair(file: Path) -> None:
@@ -122,13 +181,6 @@ def _repair(file: Path) -> None:
         return
     content = file.read_bytes()
     good = content.rfind(b"\n") + 1
-    while good:
-        start = content.rfind(b"\n", 0, good - 1) + 1
-        try:
-            json.loads(content[start:good])
-            break
-        except ValueError:
-            good = start
     if good != len(content):
         with file.open("r+b") as handle:
             handle.truncate(good)
@@ -136,6 +188,9 @@ def _repair(file: Path) -> None:
 
 def _write_atomically(file: Path, text: str) -> Path:
     partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
     partial.replace(file)
     return file

@@ -21,8 +21,9 @@ def summarise(results: Sequence[dict], decoders: Sequence[str]) -> list[dict]:
         decoders: the decoders' names, in the order wanted.
 
     Returns:
-        Rows with decoder, accuracy, accuracy_low, accuracy_high (None where no answer is known), mean_reward, gold_reward,
-        rollouts, policy_calls, reward_calls, flops, seconds (each per problem) and acceptance_rate (of proposals).
+        Rows with decoder, accuracy, accuracy_low, accuracy_high (None where no answer is known), mean_reward,
+        gold_reward, rollouts, policy_calls, reward_calls, flops, seconds (each per problem) and acceptance_rate (of
+        proposals).
     """
     rows = []
     for decoder in decoders:
@@ -54,8 +55,9 @@ def acceleration_shares(results: Sequence[dict]) -> dict[str, float] | None:
     """What share of ∇-Reasoner's work each acceleration saved, over all problems.
 
     Returns:
-        `positions_skipped`: positions that the selector did not pick. `tokens_unchanged`: picked positions whose token stayed, so
-        that nothing was rolled out. `gradients_cached`: DTO steps that needed no model. None without ∇ results.
+        `positions_skipped`: positions that the selector did not pick. `tokens_unchanged`: picked positions whose token
+        stayed, so that nothing was rolled out. `gradients_cached`: DTO steps that needed no model. None without ∇
+        results.
     """
     counts: dict[str, int] = {}
     for row in results:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nabla_rl.functional.logps import upcast
 from nabla_rl.ledger import Ledger
 from nabla_rl.models.backbone import Backbone, Encoded, Prefix
 from nabla_rl.models.prompts import encode_judged
@@ -59,19 +60,25 @@ class SequenceClassifierReward(AbstractProcessReward):
     @torch.no_grad()
     def values(self, prefix: Prefix, ids: Tensor, mask: Tensor) -> Tensor:
         encoded = self.backbone.encode(prefix, ids, mask)
+        self.backbone.record_head(prefix, mask.sum(-1))
         return self._head(encoded.hidden[:, 1:])
 
     def _finish(self, encoded: Encoded) -> Tensor:
         """Read the template's closing tokens, where there are any, and score the last token."""
         if self.tail:
             ids = torch.tensor([self.tail] * len(encoded.mask), device=encoded.mask.device)
-            encoded = self.backbone.encode(encoded.prefix_at(encoded.mask.sum(-1)), ids, torch.ones_like(ids).bool())
-        rows = torch.arange(len(encoded.mask), device=encoded.mask.device)
-        self.backbone.record_head(encoded.prefix, torch.ones_like(rows))
-        return self._head(encoded.hidden[rows, encoded.mask.sum(-1)])
+            whole, count = encoded.prefix_at(encoded.mask.sum(-1)), torch.full_like(ids[:, 0], len(self.tail))
+            encoded = self.backbone.encode(whole, ids, torch.ones_like(ids).bool())
+            flops = self.backbone.formula.backward(count, whole.lengths)
+            self.backbone.book_backward(encoded.hidden, whole, count, flops)
+        prefix, rows = encoded.prefix, torch.arange(len(encoded.mask), device=encoded.mask.device)
+        value, one = self._head(encoded.hidden[rows, encoded.mask.sum(-1)]), torch.ones_like(rows)
+        self.backbone.record_head(prefix, one)
+        self.backbone.book_backward(value, prefix, one, self.backbone.formula.head(one), is_pass=False)
+        return value
 
     def _head(self, hidden: Tensor) -> Tensor:
-        value = self.backbone.model.get_submodule("score")(hidden).float().squeeze(-1)
+        value = upcast(self.backbone.model.get_submodule("score")(hidden)).squeeze(-1)
         if not torch.isfinite(value).all():
             raise UserError("reward: expected finite scores, found NaN or infinity. Check the weights, or use float32.")
         return value
