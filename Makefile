@@ -42,11 +42,15 @@ bench: $(VENV)/.installed-test  ## run the files of benchmarks/, one after the o
 	  echo "== $$file"; $(OFFLINE) $(PYTHON) "$$file" $(ARGS) || exit 1; \
 	done
 
-models: $(VENV)/.installed  ## train the embedded tiny models anew, one per file of configs/train_tiny/, in order of name
-	@for config in configs/train_tiny/*.yaml; do \
-	  [ -e "$$config" ] || { echo "make models: configs/train_tiny/ holds no YAML file"; exit 1; }; \
-	  echo "== python scripts/train_tiny.py --config $$config"; \
-	  $(OFFLINE) $(PYTHON) scripts/train_tiny.py --config "$$config" $(ARGS) || exit 1; \
+MODELS := tiny-strong tiny-policy tiny-student gold-base tiny-reward tiny-gold
+
+models: $(VENV)/.installed  ## train the embedded tiny models of both families anew, then measure their cards (hours on two cores)
+	@for family in sorting words; do \
+	  for model in $(MODELS); do \
+	    echo "== $$family/$$model"; \
+	    $(OFFLINE) $(PYTHON) scripts/train_tiny.py --config configs/train_tiny/$$family/$$model.yaml $(ARGS) || exit 1; \
+	  done; \
+	  $(OFFLINE) $(PYTHON) scripts/train_tiny.py --card $$family || exit 1; \
 	done
 
 clean:  ## remove .venv, build products and caches; runs/ stays

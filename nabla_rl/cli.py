@@ -117,11 +117,16 @@ def quiet() -> None:
 
 
 def quiet_loggers() -> None:
-    """The part of `quiet` that Lightning undoes when it is first imported."""
+    """The part of `quiet` that an import of Lightning undoes, and what transformers reads only when it is imported."""
     import logging
 
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -198,7 +198,8 @@ def step(
         state = _evaluate(state, evaluated, log_probs_fn, reward_fn, config)
     norm = state.gradient.norm(dim=-1)
     # A finite gradient leaves the relaxation finite if the softmax is, and that is where the largest logit is.
-    highest = _perturb(*(None if x is None else x.gather(-1, state.tokens[..., None]) for x in (state.logits, state.noise)))
+    index = state.tokens[..., None]
+    highest = _perturb(state.logits.gather(-1, index), None if state.noise is None else state.noise.gather(-1, index))
     usable = norm.isfinite() & (highest / config.tau).isfinite().squeeze(-1)
     wrong = (~usable & state.mask).any(dim=1) | ~state.energy.isfinite()
     finite = state.finite & (state.converged | ~wrong)
@@ -207,7 +208,8 @@ def step(
     noise = state.noise
     if noise is not None and config.fresh_noise:
         noise = torch.where(moving[:, None, None], _draw_noise(state.logits, generator), noise)
-    logits, *moments = (_own(x, donate) for x in (state.logits, state.first_moment, state.second_moment))
+    logits = _own(state.logits, donate)
+    moments = [None if x is None else _own(x, donate) for x in (state.first_moment, state.second_moment)]
     tokens, moved = _descend(state, logits, moments, noise, active, config)
     converged = state.converged
     if config.tolerance > 0:
@@ -270,24 +272,25 @@ def _descend(
     """
     size, every = config.step_size_at(state.step), bool(active.all())
     rule, settings = F.UPDATE_RULES[config.optimizer], {"betas": config.betas, "eps": config.eps}
-    kept = torch.ones_like(active, dtype=logits.dtype).masked_fill_(active, 1.0 - size * config.weight_decay)
-    tokens, moved = torch.empty_like(state.tokens), torch.zeros_like(active)
-    split = (logits, *moments, state.gradient, state.noise, noise, active, kept, tokens, moved)
-    z, first, second, gradient, old_noise, new_noise, active, kept, *results = (
-        None if x is None else x.flatten(0, 1) for x in split
-    )
+    kept, tokens, moved = 1.0 - size * config.weight_decay, state.tokens.clone(), torch.zeros_like(active)
+    given = [x.flatten(0, 1) for x in (logits, state.gradient, active, tokens, moved)]
+    optional = [None if x is None else x.flatten(0, 1) for x in (*moments, state.noise, noise)]
     count = max(1, (CHUNK_CPU if logits.device.type == "cpu" else CHUNK) // logits.shape[-1])
-    for start in range(0, len(z), count):
-        part = slice(start, start + count)
-        here = [None if x is None else x[part] for x in (first, second)]
-        update = F.straight_through_vjp(_perturb(z[part], _cut(old_noise, part)), gradient[part], config.tau)
-        update = rule(update, *here, step=state.step, step_size=size, **settings)
-        if not every:
-            update.masked_fill_(~active[part, None], 0.0)
-        z[part].mul_(kept[part, None]).add_(update)
-        results[0][part] = F.argmax(_perturb(z[part], _cut(new_noise, part)))
+    for start in range(0, active.numel(), count):
+        z, gradient, here, tokens_here, moved_here = (x[start : start + count] for x in given)
+        first, second, old_noise, new_noise = (None if x is None else x[start : start + count] for x in optional)
+        if not every and noise is state.noise and not bool(here.any()):
+            continue  # padding, or rows at rest
+        update = F.straight_through_vjp(_perturb(z, old_noise), gradient, config.tau)
+        update = rule(update, first, second, step=state.step, step_size=size, **settings)
+        if every:
+            z.mul_(kept).add_(update)
+        else:
+            update.masked_fill_(~here[:, None], 0.0)
+            z.mul_(torch.ones_like(here, dtype=z.dtype).masked_fill_(here, kept)[:, None]).add_(update)
+        tokens_here.copy_(F.argmax(_perturb(z, new_noise)))
         if config.tolerance > 0:
-            results[1][part] = (update.abs_() >= config.tolerance).any(dim=-1)
+            moved_here.copy_((update.abs_() >= config.tolerance).any(dim=-1))
     return tokens, moved
 
 
@@ -319,15 +322,9 @@ def _take(tensor: Tensor, rows: Tensor) -> Tensor:
     return tensor if len(rows) == len(tensor) else tensor[rows]
 
 
-def _own(tensor: Tensor | None, donated: bool) -> Tensor | None:
+def _own(tensor: Tensor, donated: bool) -> Tensor:
     """A contiguous tensor that may be overwritten: a copy, unless the original is given away."""
-    if tensor is None:
-        return None
     return tensor.contiguous() if donated else tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _cut(tensor: Tensor | None, part: slice) -> Tensor | None:
-    return None if tensor is None else tensor[part]
 
 
 def _perturb(logits: Tensor, noise: Tensor | None) -> Tensor:

@@ -172,6 +172,7 @@ def reference_soft_log_probs(model: PreTrainedModel, prompt: Sequence[int], toke
 
 
 def reference_reward(model: PreTrainedModel, prompt: Sequence[int], ids: Sequence[int]) -> float:
-    """The classifier's own answer for one whole sequence without padding."""
+    """The classifier's head at the last token of one sequence (its own pooling would skip a final padding token)."""
     with torch.no_grad():
-        return float(model(input_ids=torch.tensor([[*prompt, *ids]]), use_cache=False).logits[0, 0])
+        hidden = model.base_model(input_ids=torch.tensor([[*prompt, *ids]]), use_cache=False).last_hidden_state
+        return float(model.get_submodule("score")(hidden[0, -1]))

@@ -138,6 +138,7 @@ def draw_rollouts(
     seed: int,
     keep_logits: bool = False,
     keep_encoded: bool = False,
+    keep_entropy: bool = False,
 ) -> Rollout:
     """`n` rollouts of each problem, rows n·i … n·i + n - 1 being problem i's; draw j depends on (seed, problem id, j)."""
     generators = [seeded_generator(seed, p.id, "rollout", j) for p in problems for j in range(n)]
@@ -150,6 +151,7 @@ def draw_rollouts(
         top_p=sampling.top_p,
         keep_logits=keep_logits,
         keep_encoded=keep_encoded,
+        keep_entropy=keep_entropy,
     )
 
 

@@ -43,10 +43,10 @@ from nabla_rl.decoding.base import (
     require_reward,
     score_rollouts,
 )
-from nabla_rl.decoding.objective import Objective, choose_support, gradient_candidates
+from nabla_rl.decoding.objective import HeadLogits, Objective, choose_support, gradient_candidates
 from nabla_rl.dto import DTOConfig, DTOState
 from nabla_rl.functional.energy import compute_energy
-from nabla_rl.functional.logps import categorical_from_uniform, compute_entropy, top_p_filter
+from nabla_rl.functional.logps import categorical_from_uniform, selective_log_softmax, top_p_filter
 from nabla_rl.functional.relaxation import sample_gumbel
 from nabla_rl.functional.seeding import seeded_generator
 from nabla_rl.ledger import Ledger
@@ -68,7 +68,7 @@ class _Search:
     ids: Tensor  # (length,)
     logps: Tensor  # (length,)
     sampling_logps: Tensor  # (length,)
-    logits: Tensor  # (length, vocab)
+    logits: Tensor  # (length, vocab); (length, 0) with a support, where `policy_track` has what they are computed from
     entropy: Tensor  # (length,)
     finished: bool
     reward: float
@@ -79,6 +79,7 @@ class _Search:
     gradient_from: int = -1  # the gradient below covers positions from here on; -1: there is none
     gradient: Tensor | None = None  # (length - gradient_from, support), ∂L/∂y at the current completion
     support: Tensor | None = None  # (length - gradient_from, support)
+    support_logits: Tensor | None = None  # (length - gradient_from, support)
     standing: tuple[float, float, float] = (0.0, 0.0, 0.0)  # energy, reward, logps of the suffix, as DTO saw them
     tried: list[Candidate] = field(default_factory=list)
     trace: list[Edit] = field(default_factory=list)
@@ -138,21 +139,26 @@ class Nabla(AbstractDecoder):
         """Without DTO steps and without a threshold on its norm, the gradient would go unused."""
         return self.dto.num_steps > 0 or self.min_gradient_norm > 0
 
+    def _lean(self, policy: Policy) -> bool:
+        """Whether logits are kept on the support alone."""
+        return self.support is not None and self.support < policy.vocab_size
+
     def _start(
         self, problems: Sequence[Problem], policy: Policy, reward: AbstractReward, ledger: Ledger
     ) -> list[_Search]:
         prefix = prefill(problems, policy, ledger, self.sampling.max_new_tokens)
         rollout = draw_rollouts(
-            problems, policy, prefix, self.sampling, n=1, seed=self.seed, keep_logits=True, keep_encoded=True
-        )
+            problems, policy, prefix, self.sampling, n=1, seed=self.seed, keep_logits=not self._lean(policy),
+            keep_encoded=True, keep_entropy=True,
+        )  # fmt: skip
         rewards, reward_tracks = score_rollouts(problems, reward, rollout.ids, rollout.mask, ledger)
         assert rollout.encoded is not None
         policy_tracks = rollout.encoded.tracks([0] * len(problems))
         searches = []
         for row, problem in enumerate(problems):
-            ids, logps, sampling_logps, logits = _row(rollout, row)
+            ids, logps, sampling_logps, logits, entropy = _row(rollout, row)
             search = _Search(
-                problem, row, ids, logps, sampling_logps, logits, compute_entropy(logits), bool(rollout.finished[row]),
+                problem, row, ids, logps, sampling_logps, logits, entropy, bool(rollout.finished[row]),
                 float(rewards[row]), policy_tracks[row], reward_tracks[row],
             )  # fmt: skip
             search.counts["positions"] = len(ids)
@@ -208,16 +214,19 @@ class Nabla(AbstractDecoder):
         """∂L/∂y at the current completion and the support to work on, for every position that will be visited."""
         starts = [s.position if s.sweep + 1 == self.sweeps else 0 for s in searches]
         ids = pad_sequence([s.ids[at:] for s, at in zip(searches, starts, strict=True)], batch_first=True)
-        logits = pad_sequence([s.logits[at:] for s, at in zip(searches, starts, strict=True)], batch_first=True)
         with ledger.phase("probe"):
             support = None
             objective = self._objective(searches, starts, policy, reward, None)
-            if self.support is not None and self.support < logits.shape[-1]:
-                num = min(GRADIENT_CANDIDATES, self.support - 1)
-                candidates = gradient_candidates(objective, ids, logits, self.beta, num) if num else None
-                support = choose_support(logits, ids, self.support, candidates)
-                objective.support = support
-                logits = logits.gather(-1, support)
+            if self._lean(policy):
+                assert self.support is not None
+                hidden = [s.policy_track.hidden[at : len(s.ids)] for s, at in zip(searches, starts, strict=True)]
+                every, num = HeadLogits(policy, pad_sequence(hidden, batch_first=True)), min(GRADIENT_CANDIDATES, self.support - 1)
+                candidates = gradient_candidates(objective, ids, every, self.beta, num) if num else None
+                objective.support = support = choose_support(every, ids, self.support, candidates)
+                logits = every.gather(support)
+                policy.backbone.record_head(objective.policy_prefix, (3 if num else 2) * objective.mask.sum(-1))
+            else:
+                logits = pad_sequence([s.logits[at:] for s, at in zip(searches, starts, strict=True)], batch_first=True)
             state = dto.init(logits, objective.mask, self._config())
             state = _start_at(state, ids if support is None else (support == ids[..., None]).int().argmax(-1))
             # one update is made and thrown away: what is wanted is the gradient that it evaluates
@@ -227,6 +236,7 @@ class Nabla(AbstractDecoder):
             real = objective.mask[row]
             search.gradient, search.gradient_from = state.gradient[row, real], starts[row]
             search.support = None if support is None else support[row, real]
+            search.support_logits = None if support is None else logits[row, real]
             search.standing = (float(state.energy[row]), float(state.reward[row]), float(state.logps[row]))
             search.counts["probes"] += 1
 
@@ -264,19 +274,18 @@ class Nabla(AbstractDecoder):
         config = self._config()
         if config.num_steps == 0:
             norms = [s.gradient[s.position - s.gradient_from].norm() if s.gradient is not None else torch.zeros(()) for s in searches]
-            return [s.logits[s.position] for s in searches], [None] * len(searches), norms
-        gradients, supports = [], []
+            return [self._first_logits(s, policy) for s in searches], [None] * len(searches), norms
+        gradients, supports, rows = [], [], []
         for search in searches:
             assert search.gradient is not None
             done = search.position - search.gradient_from
             gradients.append(search.gradient[done:])
             supports.append(None if search.support is None else search.support[done:])
+            rows.append(search.logits[search.position :] if search.support_logits is None else search.support_logits[done:])
         gradient = pad_sequence(gradients, batch_first=True)
         ids = pad_sequence([s.ids[s.position :] for s in searches], batch_first=True)
-        logits = pad_sequence([s.logits[s.position :] for s in searches], batch_first=True)
+        logits = pad_sequence(rows, batch_first=True)
         support = None if supports[0] is None else pad_sequence(supports, batch_first=True)
-        if support is not None:
-            logits = logits.gather(-1, support)
         firsts = [None if s is None else s[0] for s in supports]
         objective = self._objective(searches, [s.position for s in searches], policy, reward, support)
         state = dto.init(logits, objective.mask, config)
@@ -304,6 +313,15 @@ class Nabla(AbstractDecoder):
                 ledger.record_cached(torch.tensor(served, dtype=torch.int64))
         return list(state.logits[:, 0]), firsts, [g[0].norm() for g in gradients]
 
+    def _first_logits(self, search: _Search, policy: Policy) -> Tensor:
+        """The policy's logits at a search's position, (vocab,)."""
+        if not self._lean(policy):
+            return search.logits[search.position]
+        prefix = search.policy_track.prefix_at(search.position)
+        policy.backbone.record_head(prefix, torch.ones(1, dtype=torch.int64))
+        with torch.no_grad():
+            return policy.next_logits(prefix)[0]
+
     def _propose(
         self,
         changed: list[tuple[_Search, float]],
@@ -322,7 +340,8 @@ class Nabla(AbstractDecoder):
         budgets = torch.tensor([self.sampling.max_new_tokens - head for head in heads])
         rollout = policy.rollout(
             prefix, generators=generators, max_new_tokens=int(budgets.max()), temperature=self.sampling.temperature,
-            top_p=self.sampling.top_p, keep_logits=True, keep_encoded=True, first_tokens=new, budgets=budgets,
+            top_p=self.sampling.top_p, keep_logits=not self._lean(policy), keep_encoded=True, keep_entropy=True,
+            first_tokens=new, budgets=budgets,
         )  # fmt: skip
         assert rollout.encoded is not None
         reward_prefix = Prefix.cat([s.reward_track.prefix_at(s.position) for s in searches])
@@ -330,7 +349,12 @@ class Nabla(AbstractDecoder):
             scored = reward.score(reward_prefix, rollout.ids, rollout.mask)
         policy_tracks, reward_tracks = rollout.encoded.tracks(heads), scored.encoded.tracks(heads)
         for row, (search, norm) in enumerate(changed):
-            ids, logps, sampling_logps, logits = _row(rollout, row)
+            ids, logps, sampling_logps, logits, entropy = _row(rollout, row)
+            if self.sampling.temperature > 0:
+                # for an edit before it, in a later sweep, the new token is one that the rollout would have drawn
+                first = self._first_logits(search, policy)[None] if self._lean(policy) else logits[:1]
+                law = top_p_filter(first / self.sampling.temperature, self.sampling.top_p)
+                sampling_logps[:1] = selective_log_softmax(law, ids[:1])
             at, value = search.position, float(scored.reward[row])
             candidate = replace(
                 search,
@@ -338,7 +362,7 @@ class Nabla(AbstractDecoder):
                 logps=torch.cat([search.logps[:at], logps]),
                 sampling_logps=torch.cat([search.sampling_logps[:at], sampling_logps]),
                 logits=torch.cat([search.logits[:at], logits]),
-                entropy=torch.cat([search.entropy[:at], compute_entropy(logits)]),
+                entropy=torch.cat([search.entropy[:at], entropy]),
                 finished=bool(rollout.finished[row]),
                 reward=value,
                 policy_track=search.policy_track.spliced(policy_tracks[row]),
@@ -383,10 +407,12 @@ def _start_at(state: DTOState, tokens: Tensor) -> DTOState:
     return state._replace(noise=noise, tokens=(state.logits + noise).argmax(-1))
 
 
-def _row(rollout: Rollout, row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _row(rollout: Rollout, row: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     real = rollout.mask[row]
-    assert rollout.logits is not None
-    return rollout.ids[row, real], rollout.logps[row, real], rollout.sampling_logps[row, real], rollout.logits[row, real]
+    assert rollout.entropy is not None
+    ids, logps, entropy = rollout.ids[row, real], rollout.logps[row, real], rollout.entropy[row, real]
+    logits = logps.new_zeros(len(ids), 0) if rollout.logits is None else rollout.logits[row, real]
+    return ids, logps, rollout.sampling_logps[row, real], logits, entropy
 
 
 def _candidate(policy: Policy, search: _Search) -> Candidate:

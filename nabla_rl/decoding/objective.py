@@ -61,14 +61,40 @@ def _lookup(support: Tensor, index: Tensor) -> Tensor:
     return support.gather(-1, index[..., None]).squeeze(-1)
 
 
-def choose_support(logits: Tensor, ids: Tensor, k: int, candidates: Tensor | None = None) -> Tensor:
+@dataclass
+class HeadLogits:
+    """Logits (batch, length, vocab) that are computed where they are read, from the hidden states that predict each token."""
+
+    policy: Policy
+    hidden: Tensor
+
+    @torch.no_grad()
+    def __getitem__(self, index: tuple[slice, slice]) -> Tensor:
+        """The logits of some rows and positions."""
+        return self.policy.logits(self.hidden[index])
+
+    @torch.no_grad()
+    def gather(self, support: Tensor) -> Tensor:
+        """Logits of the tokens `support` (batch, length, k)."""
+        parts = _parts(support)
+        return torch.cat([self[:, part].gather(-1, support[:, part]) for part in parts], 1)
+
+
+def _parts(tensor: Tensor) -> list[slice]:
+    """The positions (second axis), a few at a time."""
+    return [slice(start, start + CANDIDATE_CHUNK) for start in range(0, tensor.shape[1], CANDIDATE_CHUNK)]
+
+
+def choose_support(logits: Tensor | HeadLogits, ids: Tensor, k: int, candidates: Tensor | None = None) -> Tensor:
     """Token ids (batch, length, k): the current tokens, the candidates, then the policy's likeliest ones."""
     extra = ids[..., None] if candidates is None else torch.cat([ids[..., None], candidates], -1)
-    return build_support(logits, k, extra)
+    return torch.cat([build_support(logits[:, part], k, extra[:, part]) for part in _parts(ids)], 1)
 
 
 @torch.enable_grad()
-def gradient_candidates(objective: Objective, ids: Tensor, logits: Tensor, beta: float, num: int) -> Tensor:
+def gradient_candidates(
+    objective: Objective, ids: Tensor, logits: Tensor | HeadLogits, beta: float, num: int
+) -> Tensor:
     """The tokens that the first-order change of the energy likes best, (batch, length, num), over the whole vocabulary.
 
     One forward and backward of both models at the completion `ids`, down to its input embeddings e_i; then, a few positions at
@@ -95,8 +121,7 @@ def gradient_candidates(objective: Objective, ids: Tensor, logits: Tensor, beta:
         torch.autograd.grad(reward.sum(), ones)
     reward_grad = _pad_to(ids, captured)
     best = []
-    for start in range(0, ids.shape[1], CANDIDATE_CHUNK):
-        part = slice(start, start + CANDIDATE_CHUNK)
+    for part in _parts(ids):
         change = -logits[:, part].float().log_softmax(-1)
         if policy_grad is not None:
             change -= (policy_grad[:, part] @ objective.policy.backbone.weight.T).float()

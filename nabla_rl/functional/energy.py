@@ -183,12 +183,10 @@ def energy_gradient(
             logps = expected_logps(probs, log_probs, mask, prefix=prefix, postfix=postfix)
         else:
             logps = sequence_logps(pick(log_probs, tokens), mask)
-    owned = record and tokens is not None and prefix
     if record:
         gradient = _token_gradient(logps, probs, -1.0)
-        if owned:
-            # not in place: what autograd returns may be another's tensor, or expanded
-            gradient = gradient - _possible(log_probs.detach(), tokens)
+        if tokens is not None and prefix:
+            gradient.sub_(_possible(log_probs.detach(), tokens))
     del log_probs
     rewards, rewarded = torch.zeros_like(logps), record and reward and beta < float("inf")
     if reward_fn is not None:
@@ -199,8 +197,7 @@ def energy_gradient(
         if rewarded and not rewards.requires_grad:
             raise ValueError("`reward_fn` must be differentiable, got a result without a gradient. Use reward=False.")
         if gradient is not None and rewarded:
-            change = _token_gradient(rewards, probs, -1.0 / beta)
-            gradient = gradient.add_(change) if owned else gradient + change
+            gradient.add_(_token_gradient(rewards, probs, -1.0 / beta))
     if gradient is not None and not bool(mask.all()):
         gradient = gradient.masked_fill(~mask.unsqueeze(-1), 0.0)
     rewards, logps = upcast(rewards.detach()), logps.detach()
@@ -222,7 +219,8 @@ def _possible(log_probs: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _token_gradient(values: Tensor, probs: Tensor, scale: float) -> Tensor:
+    """The gradient of scale times the values, in a tensor that may be overwritten."""
     if not values.requires_grad:
         return torch.zeros_like(probs, requires_grad=False)
     weights = torch.full_like(values, scale, requires_grad=False)
-    return torch.autograd.grad(values, probs, weights, materialize_grads=True)[0]
+    return torch.autograd.grad(values, probs, weights, materialize_grads=True)[0].contiguous()

@@ -57,7 +57,7 @@ class _LogSoftmax(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         (grad,), (log_probs,) = grads, ctx.saved_tensors
         if not grad.is_sparse:
-            return torch._log_softmax_backward_data(grad, log_probs, -1, log_probs.dtype)
+            return grad - log_probs.exp().mul_(grad.sum(dim=-1, keepdim=True))
         index, values = grad._indices(), grad._values()
         weight = log_probs.new_zeros(log_probs.shape[:-1]).index_put_(tuple(index[:-1]), values, accumulate=True)
         change = log_probs.exp().mul_(weight.neg_().unsqueeze(-1))

@@ -30,6 +30,7 @@ class Prefix:
         hidden: (batch, hidden), the last layer's state at the last real token: what predicts the next one.
         problems: (batch,), the problem that each row belongs to, for the ledger.
         ledger: where passes on top of this prefix are booked.
+        earned: (batch,), what the completion tokens in it have earned already, for a reward that adds up over tokens.
     """
 
     keys: list[Tensor]
@@ -38,6 +39,7 @@ class Prefix:
     hidden: Tensor
     problems: Tensor
     ledger: Ledger
+    earned: Tensor | None = None
 
     @property
     def lengths(self) -> Tensor:
@@ -53,6 +55,7 @@ class Prefix:
         return Prefix(
             [k[rows][:, :, skip:] for k in self.keys], [v[rows][:, :, skip:] for v in self.values],
             mask[:, skip:], self.hidden[rows], self.problems[rows.to(self.problems.device)], self.ledger,
+            None if self.earned is None else self.earned[rows],
         )
 
     @staticmethod
@@ -72,6 +75,7 @@ class Prefix:
             torch.cat([part.hidden for part in parts]),
             torch.cat([part.problems for part in parts]),
             parts[0].ledger,
+            None if parts[0].earned is None else torch.cat([part.earned for part in parts if part.earned is not None]),
         )
 
 
@@ -84,6 +88,7 @@ class Encoded:
         keys, values: (batch, heads, prefix + length, head_dim) for each layer.
         mask: (batch, length), True at real completion tokens that have been fed.
         hidden: (batch, length + 1, hidden): state i predicts token i (state 0 is the prefix's own).
+        earned: (batch, length + 1), what the first i completion tokens have earned, the prefix's own included.
     """
 
     prefix: Prefix
@@ -91,6 +96,7 @@ class Encoded:
     values: list[Tensor]
     mask: Tensor
     hidden: Tensor
+    earned: Tensor | None = None
 
     def tracks(self, start: Sequence[int]) -> list[Track]:
         """The rows one by one, without padding; `start` are the completion tokens that each prefix holds already."""
@@ -101,7 +107,8 @@ class Encoded:
             keys = [k[row : row + 1, :, real] for k in self.keys]
             values = [v[row : row + 1, :, real] for v in self.values]
             hidden = self.hidden[row, : length + 1]
-            tracks.append(Track(keys, values, hidden, start[row], problem, self.prefix.ledger))
+            earned = None if self.earned is None else self.earned[row, : length + 1]
+            tracks.append(Track(keys, values, hidden, start[row], problem, self.prefix.ledger, earned))
         return tracks
 
     def prefix_at(self, lengths: Tensor) -> Prefix:
@@ -118,6 +125,7 @@ class Encoded:
         return Prefix(
             [aligned(k) for k in self.keys], [aligned(v) for v in self.values], mask.gather(1, order),
             self.hidden[rows, lengths], self.prefix.problems, self.prefix.ledger,
+            None if self.earned is None else self.earned[rows, lengths],
         )  # fmt: skip
 
 
@@ -131,6 +139,7 @@ class Track:
         start: completion tokens that are part of the prefix already.
         problem: its ledger account.
         ledger: where passes on top of it are booked.
+        earned: (length + 1,), as in `Encoded`.
     """
 
     keys: list[Tensor]
@@ -139,11 +148,14 @@ class Track:
     start: int
     problem: int
     ledger: Ledger
+    earned: Tensor | None = None
 
     def spliced(self, tail: Track) -> Track:
         """The sequence that agrees with this one up to `tail.start` tokens and goes on as `tail`."""
-        kept = self.hidden[: tail.start - self.start]
-        return replace(tail, hidden=torch.cat([kept, tail.hidden]), start=self.start)
+        kept, earned = slice(tail.start - self.start), None
+        if self.earned is not None and tail.earned is not None:
+            earned = torch.cat([self.earned[kept], tail.earned])
+        return replace(tail, hidden=torch.cat([self.hidden[kept], tail.hidden]), start=self.start, earned=earned)
 
     def prefix_at(self, length: int) -> Prefix:
         """Prompt and the first `length` completion tokens (at least `start`), as a batch of one. No model runs."""
@@ -157,6 +169,7 @@ class Track:
             self.hidden[fed][None],
             torch.tensor([self.problem]),
             self.ledger,
+            None if self.earned is None else self.earned[fed][None],
         )
 
 

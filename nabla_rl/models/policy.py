@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from nabla_rl.functional.logps import (
     categorical_from_uniform,
+    compute_entropy,
     log_softmax,
     selective_log_softmax,
     top_p_filter,
@@ -39,6 +40,7 @@ class Rollout:
         finished: (batch,), did the completion end by itself, or was it cut at the maximum length?
         logits: (batch, length, vocab) before temperature, float32 (float64 for a float64 model), where they were asked for.
         encoded: keys, values and hidden states of prefix and completion, where they were asked for.
+        entropy: (batch, length), of the policy at temperature 1, zero at padding, where it was asked for.
     """
 
     ids: Tensor
@@ -48,6 +50,7 @@ class Rollout:
     finished: Tensor
     logits: Tensor | None = None
     encoded: Encoded | None = None
+    entropy: Tensor | None = None
 
 
 class SupportLogProbs(torch.autograd.Function):
@@ -192,6 +195,7 @@ class Policy(nn.Module):
         top_p: float = 1.0,
         keep_logits: bool = False,
         keep_encoded: bool = False,
+        keep_entropy: bool = False,
         first_tokens: Tensor | None = None,
         budgets: Tensor | None = None,
     ) -> Rollout:
@@ -205,6 +209,7 @@ class Policy(nn.Module):
             top_p: nucleus sampling after temperature; 1 samples from the whole distribution.
             keep_logits: return the raw logits of every position.
             keep_encoded: return keys, values and hidden states, so that any position can become a prefix without a pass.
+            keep_entropy: return the entropy of every position.
             first_tokens: (batch,), tokens to begin with, instead of a draw (their `sampling_logps` are zero).
             budgets: (batch,), tokens at most of each row, where that is fewer than `max_new_tokens`.
 
@@ -220,7 +225,9 @@ class Policy(nn.Module):
         ids = torch.full((rows, max_new_tokens), self.pad_id, device=device)
         mask = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
         dtype = torch.promote_types(prefix.hidden.dtype, torch.float32)
-        logps, sampling_logps = (torch.zeros(rows, max_new_tokens, dtype=dtype, device=device) for _ in range(2))
+        logps, sampling_logps, entropy = (
+            torch.zeros(rows, max_new_tokens, dtype=dtype, device=device) for _ in range(3)
+        )
         store = _Store(rows, max_new_tokens, prefix) if keep_encoded else None
         kept_logits: list[Tensor] = []
         finished = torch.zeros(rows, dtype=torch.bool, device=device)
@@ -249,6 +256,8 @@ class Policy(nn.Module):
                 sampling_logps[alive, length] = drawn[live]
             ids[alive, length], mask[alive, length] = tokens[live], True
             logps[alive, length] = selective_log_softmax(logits, tokens)[live]
+            if keep_entropy:
+                entropy[alive, length] = compute_entropy(logits)[live]
             if keep_logits:
                 full = logits.new_zeros(rows, logits.shape[-1])
                 full[alive] = logits[live]
@@ -293,6 +302,7 @@ class Policy(nn.Module):
             finished,
             torch.stack(kept_logits, 1) if keep_logits else None,
             store.encoded(length, mask) if store is not None else None,
+            entropy[:, :length] if keep_entropy else None,
         )
 
 

@@ -8,6 +8,7 @@ import re
 import resource
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -213,20 +214,20 @@ def check_same_problems(folder: RunFolder, problems: Sequence[Problem]) -> None:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Within, SIGTERM ends a run as Ctrl-C does. Lightning alone would only take note of it."""
+    """Within, SIGTERM ends a run as Ctrl-C does: Lightning only takes note of it. Ctrl-C works again afterwards."""
 
     def stop(signum: int, frame: Any) -> None:
         raise KeyboardInterrupt(signum)
 
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
+    interrupt, terminate = signal.getsignal(signal.SIGINT), signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, terminate)
 
 
 def given_configs(arguments: Sequence[str] | None) -> list[str]:

@@ -117,6 +117,11 @@ class Decoding(L.LightningModule):
         for name, n in (("best_of_n", best_of_n.n), ("self_consistency", self_consistency.n)):
             if n < 1:
                 raise UserError(f"--model.{name}.n: expected at least 1, found {n}.")
+        if not 0 < nabla.resample_top_p <= 1:
+            raise UserError(
+                f"--model.nabla.resample_top_p: expected a number in (0, 1], found {nabla.resample_top_p}. Use 1 to "
+                "switch it off."
+            )
         needy = [name for name in decoders if name in NEED_REWARD]
         if reward.name is None and needy:
             raise UserError(

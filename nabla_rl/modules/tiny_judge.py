@@ -74,6 +74,9 @@ def corrupt(tokens: Sequence[int], alphabet: Sequence[int], rng: random.Random) 
 FIRST_ERROR, AFTER_ERROR = 4.0, 0.1
 """Weights of the loss at the first wrong token of a completion, and at those after it."""
 
+REPLACED = 0.25
+"""Share of tokens replaced in agreement batches."""
+
 JudgedRow = tuple[list[int], list[int], list[int]]
 """Prompt ids, completion ids, and the completion's labels."""
 
@@ -83,23 +86,57 @@ class JudgedBatches(IterableDataset):
 
     A quarter of a batch are right solutions, a quarter corrupted ones, half are samples of the policy at temperature 1.
 
-    Yields `input_ids` (batch, length) and `labels` (batch, length): 0 or 1 on completion tokens, -100 elsewhere.
+    The first `agreement_steps` batches are something simpler: see `agreement`.
+
+    Yields `input_ids` (batch, length), `labels` (batch, length): 0 or 1 on completion tokens, -100 elsewhere, and `weights`.
     """
 
     CHUNK = 32
     """Batches whose samples are drawn together."""
 
-    def __init__(self, family: Family, policy: Policy, *, batch_size: int, seed: int, start: int):
-        self.family, self.policy, self.batch_size, self.seed, self.start = family, policy, batch_size, seed, start
+    def __init__(
+        self,
+        family: Family,
+        policy: Policy,
+        base: LlamaForCausalLM,
+        *,
+        batch_size: int,
+        seed: int,
+        start: int,
+        agreement_steps: int,
+    ):
+        self.family, self.policy, self.base = family, policy, base
+        self.batch_size, self.seed, self.start, self.agreement_steps = batch_size, seed, start, agreement_steps
         vocabulary = policy.tokenizer.get_vocab()
         self.alphabet = [vocabulary[t] for t in family.alphabet]
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        chunk, skip = divmod(self.start, self.CHUNK)
+        for step in range(self.start, self.agreement_steps):
+            yield self.agreement(step)
+        chunk, skip = divmod(max(self.start - self.agreement_steps, 0), self.CHUNK)
         while True:
             for rows in self.draw(chunk)[skip:]:
                 yield self.collate(rows)
             chunk, skip = chunk + 1, 0
+
+    @torch.no_grad()
+    def agreement(self, step: int) -> dict[str, Tensor]:
+        """Solutions with many tokens replaced; the label says whether a token is what the base model would have written.
+
+        This asks for nothing but the comparison that judging rests on, with a signal at every token.
+        """
+        rng = random.Random(f"agreement/{self.seed}/{step}")
+        source = generate(self.family, "train", f"agreement/{self.seed}/{step}")
+        tokenizer, rows = self.policy.tokenizer, []
+        for problem in (next(source) for _ in range(self.batch_size)):
+            right = [*tokenizer(problem.solution, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+            noisy = [rng.choice(self.alphabet) if rng.random() < REPLACED else token for token in right]
+            rows.append((self.policy.encode_prompt(problem.problem), noisy, [0] * len(noisy)))
+        batch = self.collate(rows)
+        expected = self.base(input_ids=batch["input_ids"]).logits.argmax(-1)[:, :-1]
+        agrees = F.pad((expected == batch["input_ids"][:, 1:]).long(), (1, 0))
+        batch["labels"] = torch.where(batch["labels"] >= 0, agrees, batch["labels"])
+        return batch | {"weights": torch.ones_like(batch["labels"], dtype=torch.float32)}
 
     def draw(self, chunk: int) -> list[list[JudgedRow]]:
         """The CHUNK batches of one chunk, each of rows of similar length."""
@@ -130,7 +167,7 @@ class JudgedBatches(IterableDataset):
             end = len(prompt) + len(completion)
             ids[row, :end] = torch.tensor(prompt + completion)
             labels[row, len(prompt) : end] = torch.tensor(label)
-        return {"input_ids": ids, "labels": labels}
+        return {"input_ids": ids, "labels": labels, "weights": token_weights(labels)}
 
 
 def sample_completions(policy: Policy, problems: Sequence[Problem], key: tuple, max_new_tokens: int) -> list[list[int]]:
@@ -148,6 +185,7 @@ class TinyJudge(L.LightningModule):
     def __init__(
         self,
         model: LlamaForSequenceClassification,
+        base: LlamaForCausalLM,
         policy: Policy,
         family: Family,
         *,
@@ -156,24 +194,44 @@ class TinyJudge(L.LightningModule):
         warmup: int = 100,
         decay: float = 0.3,
         max_steps: int = 1000,
+        agreement_steps: int = 0,
+        base_learning_rate: float = 2e-4,
         seed: int = 0,
     ):
         super().__init__()
-        self.model, self.family = model, family
+        self.model, self.base, self.family = model, [base], family
+        self.agreement_steps, self.base_learning_rate = agreement_steps, base_learning_rate
         self.policy = [policy]  # in a list: not a part of this module's weights
         self.batch_size, self.learning_rate, self.seed = batch_size, learning_rate, seed
         self.warmup, self.decay, self.max_steps = warmup, decay, max_steps
 
     def train_dataloader(self) -> JudgedBatches:
         return JudgedBatches(
-            self.family, self.policy[0], batch_size=self.batch_size, seed=self.seed, start=self.trainer.global_step
+            self.family,
+            self.policy[0],
+            self.base[0],
+            batch_size=self.batch_size,
+            seed=self.seed,
+            start=self.trainer.global_step,
+            agreement_steps=self.agreement_steps,
         )
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        """While the fresh layers learn to compare, what they read stays as it is."""
+        thawed = self.trainer.global_step >= self.agreement_steps
+        for parameter in self.base_parameters():
+            parameter.requires_grad_(thawed)
+
+    def base_parameters(self) -> list[torch.nn.Parameter]:
+        """The weights that come from the language model."""
+        layers = self.model.model.layers[: self.base[0].config.num_hidden_layers]
+        return [p for module in (self.model.model.embed_tokens, *layers) for p in module.parameters()]
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         hidden = self.model.model(input_ids=batch["input_ids"]).last_hidden_state
         values = self.model.score(hidden).squeeze(-1).float()
         judged = batch["labels"] >= 0
-        weights = token_weights(batch["labels"])[judged]
+        weights = batch["weights"][judged]
         losses = F.binary_cross_entropy_with_logits(values[judged], batch["labels"][judged].float(), reduction="none")
         loss = (weights * losses).sum() / weights.sum()
         self.log("loss", loss, prog_bar=True)
@@ -181,7 +239,11 @@ class TinyJudge(L.LightningModule):
         return loss
 
     def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+        base = self.base_parameters()
+        known = {id(parameter) for parameter in base}
+        fresh = [parameter for parameter in self.model.parameters() if id(parameter) not in known]
+        groups = [{"params": fresh, "lr": self.learning_rate}, {"params": base, "lr": self.base_learning_rate}]
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
             lambda step: warmup_stable_decay(step, warmup=self.warmup, total=self.max_steps, decay=self.decay),

@@ -44,6 +44,10 @@ class JudgeOptions:
     """The finished language model that it starts from: an embedded model or a folder."""
     extra_layers: int = 2
     """Fresh blocks on top: a token can only be compared with its own prediction one layer after that is complete."""
+    agreement_steps: int = 500
+    """First steps, in which the fresh blocks alone learn whether a token is what the base would have written."""
+    base_learning_rate: float = 2e-4
+    """Peak step size of the base's weights after that; the fresh blocks have the model's learning_rate."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +145,15 @@ def _judge(options: TrainTinyOptions) -> TinyJudge:
     policy = load_policy(PolicyOptions(options.judge.policy), family=options.family, device=cpu)
     base = load_policy(PolicyOptions(options.judge.base), family=options.family, device=cpu).backbone.model
     assert isinstance(base, LlamaForCausalLM)
-    judge = judge_from_language_model(base, options.judge.extra_layers)
-    return TinyJudge(judge, policy, FAMILIES[options.family], **_schedule(options))
+    return TinyJudge(
+        judge_from_language_model(base, options.judge.extra_layers),
+        base,
+        policy,
+        FAMILIES[options.family],
+        agreement_steps=options.judge.agreement_steps,
+        base_learning_rate=options.judge.base_learning_rate,
+        **_schedule(options),
+    )
 
 
 def _schedule(options: TrainTinyOptions) -> dict:

@@ -28,7 +28,10 @@ class Scored:
 
 
 class AbstractReward(nn.Module, ABC):
-    """A frozen scorer r(x, y), differentiable in relaxed completion tokens that share the policy's vocabulary."""
+    """A frozen scorer r(x, y), differentiable in relaxed completion tokens that share the policy's vocabulary.
+
+    On a prefix that holds completion tokens already (cut out of `Scored.encoded`) it gives the reward of the whole completion.
+    """
 
     tokenizer: PreTrainedTokenizerBase
 

@@ -44,7 +44,9 @@ DECODERS: dict[str, AbstractDecoder] = {
 NABLAS = [name for name in DECODERS if name.startswith("nabla")]
 
 
-def decode(decoder: AbstractDecoder, problems: list[Problem], policy=None, reward=None) -> tuple[list[Decoded], Ledger]:
+def decode(
+    decoder: AbstractDecoder, problems: list[Problem], policy=None, reward=None
+) -> tuple[list[Decoded], Ledger]:
     ledger = Ledger(len(problems))
     return decoder.decode(problems, policy or toys.policy(), reward or toys.reward(), ledger), ledger
 
@@ -52,7 +54,11 @@ def decode(decoder: AbstractDecoder, problems: list[Problem], policy=None, rewar
 def assert_same(found: Decoded, expected: Decoded) -> None:
     """The same decisions exactly, the same figures to float tolerance."""
     assert (found.problem_id, found.text, found.ids) == (expected.problem_id, expected.text, expected.ids)
-    assert (found.finished, found.proposals, found.accepted) == (expected.finished, expected.proposals, expected.accepted)
+    assert (found.finished, found.proposals, found.accepted) == (
+        expected.finished,
+        expected.proposals,
+        expected.accepted,
+    )
     assert found.counts == expected.counts
     assert [c.ids for c in found.rollouts] == [c.ids for c in expected.rollouts]
     assert found.logps == pytest.approx(expected.logps, abs=1e-4)
@@ -68,7 +74,7 @@ def assert_same(found: Decoded, expected: Decoded) -> None:
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_results_do_not_depend_on_the_batch(name: str):
-    """The same seed gives the same decisions and costs for 16 problems at once, shuffled, 3 at a time and one by one."""
+    """The same seed gives the same decisions and costs for 16 problems at once, shuffled, in threes and alone."""
     problems = toys.problems(16)
     whole, ledger = decode(DECODERS[name], problems)
     assert len({len(r.ids) for r in whole}) > 2
@@ -88,7 +94,7 @@ def test_results_do_not_depend_on_the_batch(name: str):
 
 
 def test_the_seed_and_the_problem_decide():
-    """Another seed draws other completions; two problems with the same text but different ids are drawn independently."""
+    """Another seed draws other completions; problems of the same text but other ids are drawn independently."""
     problems = [Problem(f"q{i}", "cab") for i in range(6)]
     one, two = (decode(Sample(SAMPLING, seed=seed), problems)[0] for seed in (0, 1))
     assert [r.ids for r in one] != [r.ids for r in two]
@@ -111,7 +117,7 @@ REWARDS = {
 @pytest.mark.parametrize("kind", REWARDS)
 @pytest.mark.parametrize("name", [*NABLAS, "best_of_n-energy"])
 def test_every_rollout_is_what_a_fresh_computation_says(name: str, kind: str, template: bool):
-    """log π(y|x) and r(x, y) of every rollout tried equal those of the whole sequence, computed from scratch without a cache."""
+    """log π(y|x) and r(x, y) of every rollout equal those of the whole sequence, computed without a cache."""
     tokenizer = toys.chat_tokenizer() if template else toys.tokenizer()
     policy = Policy(toys.build_llama(eos_token_id=[2, 9, 17]), tokenizer)
     reward = REWARDS[kind](tokenizer)
@@ -200,7 +206,9 @@ def test_other_precisions_decode(name: str, dtype: torch.dtype):
     policy = Policy(toys.build_llama(eos_token_id=[2, 9, 17]).to(dtype), toys.tokenizer())
     reward = SequenceClassifierReward(toys.build_classifier().to(dtype), toys.tokenizer())
     results, ledger = decode(DECODERS[name], toys.problems(5), policy, reward)
-    assert all(torch.isfinite(torch.tensor([r.logps, r.reward, ledger.cost(i).flops])).all() for i, r in enumerate(results))
+    assert all(
+        torch.isfinite(torch.tensor([r.logps, r.reward, ledger.cost(i).flops])).all() for i, r in enumerate(results)
+    )
     if dtype == torch.float64:
         expected, _ = decode(DECODERS[name], toys.problems(5))
         assert [r.ids for r in results] == [r.ids for r in expected]
@@ -213,3 +221,20 @@ def test_learned_positions_decode():
     problems = [Problem(f"p{i}", "abcdef") for i in range(8)]
     results, _ = decode(replace(NABLA, sweeps=2, max_rollouts=8, acceptance="reward"), problems, policy, reward)
     assert sum(r.proposals for r in results) > 20
+
+
+@pytest.mark.parametrize("name", ["nabla", "nabla-support", "nabla-softmax"])
+def test_a_reward_model_padded_to_another_size_decodes_alike(name: str):
+    """Embedding rows beyond the shared vocabulary, as models of one family have, change no decision."""
+    model, wide = toys.build_classifier(), toys.build_classifier(vocab_size=toys.VOCAB + 5)
+    weights = model.state_dict()
+    table = wide.get_input_embeddings().weight.detach().clone()
+    table[: toys.VOCAB] = weights["model.embed_tokens.weight"]
+    wide.load_state_dict({**weights, "model.embed_tokens.weight": table})
+    results = [
+        decode(DECODERS[name], toys.problems(5), reward=SequenceClassifierReward(m, toys.tokenizer()))[0]
+        for m in (model, wide)
+    ]
+    assert sum(r.proposals for r in results[0]) > 5
+    for found, expected in zip(*results, strict=True):
+        assert_same(found, expected)

@@ -46,7 +46,7 @@ def energy(candidate, beta: float) -> float:
 @pytest.mark.parametrize("sweeps", [1, 3])
 @pytest.mark.parametrize("acceptance", ["energy", "reward", "metropolis"])
 def test_a_trace_is_the_history_of_the_rollouts(acceptance: str, sweeps: int):
-    """Edits are consistent with the rollouts: each changes one token of the current completion and leaves what is before it."""
+    """Each edit changes one token of the current completion, leaves what is before it, and says what was decided."""
     decoder = replace(NABLA, acceptance=acceptance, sweeps=sweeps, max_rollouts=10)
     policy, results = toys.policy(), decode(replace(decoder), toys.problems(10))[0]
     for result in results:
@@ -88,7 +88,7 @@ def test_the_energy_never_rises_and_the_reward_never_falls():
 
 
 def test_metropolis_is_given_the_right_standings(monkeypatch: pytest.MonkeyPatch):
-    """Energies and proposal log-probabilities that the rule sees are those of the completions, recomputed from scratch."""
+    """Energies and proposal log-probabilities that the rule sees are those recomputed from scratch."""
     seen: list[tuple[Standing, Standing, float]] = []
 
     def record(current: Standing, proposed: Standing, uniform: float) -> bool:
@@ -144,13 +144,14 @@ def test_without_a_reward_weight_the_reward_has_no_say():
 
 
 def test_without_steps_proposals_are_the_policys_own():
-    """At T = 0 the first edit's token is drawn from the policy's own law at its position, and optimisation calls no model."""
+    """At T = 0 the first edit's token is drawn from the policy's own law, and no gradient is paid for."""
     problems = [Problem(f"q{i}", "cab") for i in range(600)]
     decoder = replace(
         POLICY_ONLY, max_rollouts=2, min_entropy=0.0, resample_temperature=0.8, sampling=Sampling(0.0, 1.0, 4)
     )
     results, ledger = decode(decoder, problems)
-    assert not any(phase == "dto" for phase, _, _ in ledger.rows) and ledger.cached.sum() == 0
+    assert {phase for phase, _, _ in ledger.rows} == {"prefill", "rollout", "score", "accept"}
+    assert not any(direction == "backward" for _, _, direction in ledger.rows) and ledger.cached.sum() == 0
     policy = toys.policy()
     greedy = results[0].rollouts[0]
     log_probs = toys.reference_log_probs(policy.backbone.model, policy.encode_prompt("cab"), greedy.ids)
@@ -165,7 +166,7 @@ def test_without_steps_proposals_are_the_policys_own():
 
 
 def test_descent_moves_proposals_down_the_energy():
-    """With steps and a strong reward, greedy proposals differ from the policy's own, and lower the energy to first order."""
+    """With steps and a strong reward, proposals differ from the policy's own, and raise the reward more."""
     decoder = replace(NABLA, resample_temperature=0.0, beta=0.05, min_entropy=0.0, max_rollouts=20)
     moved, _ = decode(replace(decoder, dto=DTOConfig(num_steps=20, step_size=0.5)), toys.problems(8))
     plain, _ = decode(replace(decoder, dto=DTOConfig(num_steps=0)), toys.problems(8))
@@ -178,10 +179,10 @@ def test_descent_moves_proposals_down_the_energy():
 @pytest.mark.parametrize("relaxation", ["straight_through", "gumbel_softmax"])
 @pytest.mark.parametrize("support", [None, 5])
 def test_caching_changes_nothing_but_the_cost(relaxation: str, support: int | None):
-    """Gradients from the cache give the same text, trace and rewards: alone to the bit, in a batch the same decisions."""
+    """Gradients from the cache give the same trace and rewards: alone to the bit, in a batch the same decisions."""
     cached = replace(NABLA, support=support, dto=DTOConfig(relaxation=relaxation, **STEPS))
     plain = replace(cached, dto=replace(cached.dto, caching=False))
-    problems, saved = toys.problems(8), 0
+    problems, saved = toys.problems(3), 0
     for problem in problems:
         ((one,), costs), ((two,), full) = decode(cached, [problem]), decode(plain, [problem])
         assert (one.ids, one.rollouts, one.reward, one.trace) == (two.ids, two.rollouts, two.reward, two.trace)
@@ -190,7 +191,7 @@ def test_caching_changes_nothing_but_the_cost(relaxation: str, support: int | No
         assert full.cached[0] == 0
         saved += int(costs.cached[0])
         assert costs.cost(0).flops <= full.cost(0).flops
-    assert saved > 20
+    assert saved > 5
     (one, _), (two, _) = decode(cached, problems), decode(plain, problems)
     for found, expected in zip(one, two, strict=True):
         assert [c.ids for c in found.rollouts] == [c.ids for c in expected.rollouts]
@@ -199,7 +200,7 @@ def test_caching_changes_nothing_but_the_cost(relaxation: str, support: int | No
 
 @pytest.mark.parametrize("support", [None, 6])
 def test_model_calls_are_what_the_trace_implies(support: int | None):
-    """Nothing is read twice: a rollout costs one step for each token after its first, an edit one scoring of the new tokens."""
+    """Nothing is read twice: a rollout costs a step for each token but its last, an edit one scoring of the new."""
     decoder = replace(NABLA, support=support, sweeps=2, max_rollouts=8)
     for problem in toys.problems(6):
         (result,), ledger = decode(decoder, [problem])
@@ -235,15 +236,17 @@ def test_a_selector_that_picks_nothing_leaves_the_sample():
     assert ledger.cost(0, phase="probe").calls > 0 and ledger.cost(0, phase="dto").calls == 0
 
 
-def test_every_sweep_is_made_with_a_gradient_threshold():
+def test_every_sweep_is_made_with_a_gradient_threshold(monkeypatch: pytest.MonkeyPatch):
     """A search whose gradient does not reach back to the start of a new sweep is probed again, not given up."""
-    decoder = replace(NABLA, sweeps=4, max_rollouts=40, min_gradient_norm=3.0, min_entropy=1.5, resample_temperature=2.0)
-    results, _ = decode(decoder, toys.problems(12))
-    falls = [sum(a >= b for a, b in pairwise([e.position for e in r.trace])) for r in results]
-    assert max(falls) == 3
+    searches: list = []
+    finish = module._finish
+    monkeypatch.setattr(module, "_finish", lambda search: searches.append(search) or finish(search))
+    decoder = replace(NABLA, sweeps=3, max_rollouts=40, min_gradient_norm=8.0, resample_temperature=2.0)
+    results, _ = decode(decoder, toys.problems(8))
+    assert all(search.sweep == 3 for search in searches)
+    assert any(sum(a >= b for a, b in pairwise([e.position for e in r.trace])) == 2 for r in results)
     for result in results:
-        # the last sweep ends at the completion's end: from the last edit on, nothing else was picked or changed
-        assert result.counts["visited"] == result.counts.get("unchanged", 0) + result.proposals
+        assert result.counts.get("visited", 0) == result.counts.get("unchanged", 0) + result.proposals
 
 
 def objective(kind: str, rows: list[list[int]], support: torch.Tensor | None = None) -> tuple[Objective, torch.Tensor]:
@@ -255,7 +258,9 @@ def objective(kind: str, rows: list[list[int]], support: torch.Tensor | None = N
     accounts = torch.arange(len(rows))
     ours = policy.prefill([policy.encode_prompt(q) for q in questions], accounts, Ledger(len(rows)))
     ids, mask = toys.pad_right(rows)
-    return Objective(policy, reward, ours, reward.prefill(questions, accounts, Ledger(len(rows))), mask, support, True), ids
+    return Objective(
+        policy, reward, ours, reward.prefill(questions, accounts, Ledger(len(rows))), mask, support, True
+    ), ids
 
 
 def gradient_of(goal: Objective, ids: torch.Tensor, beta: float) -> torch.Tensor:
@@ -269,7 +274,7 @@ def gradient_of(goal: Objective, ids: torch.Tensor, beta: float) -> torch.Tensor
 
 @pytest.mark.parametrize("kind", ["classifier", "likelihood"])
 def test_a_support_of_the_whole_vocabulary_is_the_whole_vocabulary(kind: str):
-    """The energy gradient on a permuted full support is the full one permuted; on a small support, the full one gathered."""
+    """The energy gradient on a permuted full support is the full one permuted; on a small one, gathered."""
     rows = toys.completions(4)
     goal, ids = objective(kind, rows)
     full = gradient_of(goal, ids, 0.4)
@@ -281,7 +286,7 @@ def test_a_support_of_the_whole_vocabulary_is_the_whole_vocabulary(kind: str):
 
 
 def test_gradient_candidates_are_the_tokens_that_the_full_gradient_likes_best():
-    """Found without a tensor of the vocabulary's width, they are the first ones of the dense gradient of the energy."""
+    """Found a few positions at a time, they are the first ones of the dense gradient of the energy."""
     rows = toys.completions(4)
     goal, ids = objective("classifier", rows)
     logits = torch.zeros(*ids.shape, toys.VOCAB)
@@ -309,7 +314,7 @@ def test_a_last_token_has_candidates_too(kind: str):
 
 
 def test_a_support_wide_enough_is_the_full_decoder():
-    """A support of the whole vocabulary's size decodes exactly as without one; small ones propose only their own tokens."""
+    """A support of the whole vocabulary's size decodes as without one; small ones propose only their own tokens."""
     problems = toys.problems(6)
     full, _ = decode(NABLA, problems)
     wide, _ = decode(replace(NABLA, support=toys.VOCAB), problems)

@@ -32,8 +32,12 @@ def soft_tokens(ids: torch.Tensor, seed: int = 3) -> torch.Tensor:
     return noise.mul(2).softmax(-1)
 
 
+def tensors_of(prefix: Prefix) -> list[torch.Tensor]:
+    return [*prefix.keys, *prefix.values, prefix.mask, prefix.hidden, prefix.problems]
+
+
 def test_cached_log_probabilities_equal_the_models_own_uncached_forward(policy: Policy):
-    """completion_logps and completion_log_probs of a padded batch are what the model says of each whole sequence alone."""
+    """completion_logps and completion_log_probs of a padded batch are what the model says of each sequence alone."""
     prompts, rows = toys.prompts(5), toys.completions(5)
     ids, mask = toys.pad_right(rows)
     prefix = toys.prefill(policy, prompts)
@@ -78,7 +82,7 @@ def test_soft_tokens_and_their_gradient_equal_one_dense_product(policy: Policy):
 
 @pytest.mark.parametrize("looked_up", [True, False])
 def test_one_hot_tokens_have_the_gradient_of_a_dense_product(policy: Policy, looked_up: bool):
-    """With `tokens` the forward is a look-up, and the gradient to all the vocabulary is that of one-hot @ E all the same."""
+    """With `tokens` the forward is a look-up, and the gradient to all the vocabulary is that of one-hot @ E."""
     prompts, rows = toys.prompts(3), toys.completions(3)
     ids, mask = toys.pad_right(rows)
     probs = toys.one_hot(ids).requires_grad_()
@@ -120,21 +124,21 @@ def test_a_support_gives_the_dense_result_gathered(policy: Policy, hard: bool):
 
 
 def test_a_prefix_is_not_changed_by_what_is_fed_after_it(policy: Policy):
-    """Scoring, differentiating and rolling out leave every tensor of the prefix as it was, so results repeat to the bit."""
+    """Scoring, differentiating and rolling out leave every tensor of the prefix as it was: results repeat exactly."""
     ids, mask = toys.pad_right(toys.completions(3))
     prefix = toys.prefill(policy, toys.prompts(3))
-    before = [t.clone() for t in (*prefix.keys, *prefix.values, prefix.mask, prefix.hidden)]
+    before = [t.clone() for t in tensors_of(prefix)]
     first = policy.completion_logps(prefix, ids, mask)
     probs = toys.one_hot(ids).requires_grad_()
     torch.autograd.grad(policy.completion_log_probs(prefix, probs, mask).sum(), probs)
     policy.rollout(prefix, generators=None, max_new_tokens=4, keep_encoded=True)
-    assert all(torch.equal(a, b) for a, b in zip(before, (*prefix.keys, *prefix.values, prefix.mask, prefix.hidden)))
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors_of(prefix), strict=True))
     assert torch.equal(policy.completion_logps(prefix, ids, mask), first)
 
 
 @pytest.mark.parametrize("source", ["encoded", "track", "rollout"])
 def test_a_cut_anywhere_is_a_fresh_prefill(policy: Policy, source: str):
-    """Prefixes cut out of an encoded batch, of single tracks or of a rollout equal prompt + tokens encoded from scratch."""
+    """Prefixes cut out of an encoded batch, of tracks or of a rollout equal prompt + tokens encoded from scratch."""
     prompts = toys.prompts(4)
     prefix = toys.prefill(policy, prompts)
     if source == "rollout":
@@ -222,7 +226,7 @@ def test_rows_of_a_padded_batch_equal_the_rows_alone():
 
 @pytest.mark.parametrize("support", [None, 5])
 def test_the_energy_gradient_agrees_with_finite_differences_in_float64(support: int | None):
-    """∂L/∂y through two real transformers in float64 is the slope of L along any direction, prefix and padding included."""
+    """∂L/∂y through two real transformers in float64 is the slope of L, prefix and padding included."""
     policy = Policy(toys.build_gpt2().double(), toys.tokenizer())
     reward = SequenceClassifierReward(toys.build_gpt2_classifier().double(), toys.tokenizer())
     ids, mask = toys.pad_right(toys.completions(2))
@@ -262,7 +266,7 @@ def test_double_precision_stays_double():
 
 @pytest.mark.parametrize("rows", [28, 34])
 def test_an_embedding_matrix_of_another_padded_size_is_read_by_id(rows: int):
-    """A policy with more or fewer embedding rows than the reward model gives it the same tokens, and gradients by id."""
+    """A policy with more or fewer embedding rows than the reward model gives it the same tokens by id."""
     model = toys.build_classifier(vocab_size=rows)
     backbone = Backbone(model, "reward")
     ids, mask = toys.pad_right([[4, 9, 12], [7, 7]])

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def test_a_saved_model_comes_back_the_same(tmp_path: Path):
-    """Policy and classifier from a folder give the logits of the models that were saved, frozen, in the type asked for."""
+    """Policy and classifier from a folder give the logits of the models that were saved, in the type asked for."""
     policy, model = toys.build_llama(), toys.build_classifier()
     for name, saved in (("policy", policy), ("reward", model)):
         saved.save_pretrained(tmp_path / name)
@@ -33,7 +33,7 @@ def test_a_saved_model_comes_back_the_same(tmp_path: Path):
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path):
-    """A path without config.json, a name that does not exist, and a model without a tokenizer each name their argument."""
+    """A path without config.json, an unknown name and a model without a tokenizer each name their argument."""
     with pytest.raises(UserError, match="--model.policy.name: expected a model folder"):
         load_policy(PolicyOptions(name=str(tmp_path)), family="sorting", device=CPU)
     with pytest.raises(UserError, match="--model.reward.name: expected a folder, a Hub name"):

@@ -82,7 +82,7 @@ def test_a_rows_sample_depends_on_its_generator_alone(family: str):
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 0.8), (2.0, 0.95)])
 def test_log_probabilities_of_samples(temperature: float, top_p: float):
-    """logps are the policy's own at temperature 1; sampling_logps those of the tempered, truncated law; logits the raw ones."""
+    """logps are the policy's at temperature 1, sampling_logps those of the tempered, truncated law, logits raw."""
     policy, prompts = toys.policy(), toys.prompts(5)
     drawn = draw(policy, prompts, list(range(5)), temperature=temperature, top_p=top_p, keep_logits=True)
     assert (drawn.logps[~drawn.mask] == 0).all() and (drawn.sampling_logps[~drawn.mask] == 0).all()
@@ -121,7 +121,7 @@ def test_sampled_frequencies_follow_the_law(temperature: float, top_p: float):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_first_tokens_and_budgets(family: str):
-    """A row starts with its given token at no sampling cost and never exceeds its budget, or the context, whoever is beside it."""
+    """A row starts with its given token and never exceeds its budget, or the context, whoever is beside it."""
     policy = Policy(FAMILIES[family](), toys.tokenizer())
     context = policy.backbone.context_length
     prompts = [toys.prompts(1)[0], *([3] * (context - 4 + i) for i in range(3)), *([4, 5 + i] for i in range(7))]
@@ -136,9 +136,7 @@ def test_first_tokens_and_budgets(family: str):
     assert all(len(row) <= budget for row, budget in zip(rows, budgets.tolist(), strict=True))
     assert any(len(row) == budget for row, budget in zip(rows, budgets.tolist(), strict=True))
     for i in range(4):
-        alone = draw(
-            policy, [prompts[i]], [i], first_tokens=first[i : i + 1], max_new_tokens=int(budgets[i])
-        )
+        alone = draw(policy, [prompts[i]], [i], first_tokens=first[i : i + 1], max_new_tokens=int(budgets[i]))
         assert rows_of(alone) == [rows[i]]
         assert bool(drawn.finished[i]) == (rows[i][-1] == 2)
         expected = toys.reference_logps(policy.backbone.model, prompts[i], rows[i])
@@ -146,7 +144,7 @@ def test_first_tokens_and_budgets(family: str):
 
 
 def test_a_completion_ends_at_any_end_of_sequence_token():
-    """The tokenizer's, the model config's and the generation config's end tokens all end a completion; nothing follows them."""
+    """The tokenizer's, the config's and the generation config's end tokens end a completion; nothing follows."""
     model = toys.build_llama(eos_token_id=9)
     model.generation_config.eos_token_id = [9, 17]
     policy = Policy(model, toys.tokenizer())

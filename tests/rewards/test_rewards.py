@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from nabla_rl.ledger import Ledger
+from nabla_rl.models.backbone import Prefix
 from nabla_rl.models.policy import Policy
 from nabla_rl.rewards.base import check_shared_vocabulary, last_valid
 from nabla_rl.rewards.likelihood import LikelihoodReward
@@ -40,10 +41,10 @@ def test_the_reward_is_the_classifiers_own_under_padding_on_both_sides(classifie
     hard = reward.score(start(reward), ids, mask).reward
     soft = reward(start(reward), toys.one_hot(ids), mask)
     looked_up = reward(start(reward), toys.one_hot(ids), mask, tokens=ids)
-    expected = [
-        toys.reference_reward(classifier, toys.tokenizer()(f"{q}\n").input_ids, row)
-        for q, row in zip(QUESTIONS, rows, strict=True)
-    ]
+    expected = []
+    for question, row in zip(QUESTIONS, rows, strict=True):
+        sequence = torch.tensor([[*toys.tokenizer()(f"{question}\n").input_ids, *row]])
+        expected.append(float(classifier(input_ids=sequence).logits[0, 0]))
     for found in (hard, soft, looked_up):
         torch.testing.assert_close(found, torch.tensor(expected), atol=2e-5, rtol=1e-5)
     last_column = reward.backbone.encode(start(reward), ids, mask).hidden[:, -1]
@@ -85,7 +86,7 @@ def test_a_reward_on_a_support_is_the_dense_one_gathered(build):
 
 @pytest.mark.parametrize("build", [lambda: toys.reward(), likelihood], ids=["classifier", "likelihood"])
 def test_the_process_value_at_the_last_token_is_the_outcome_reward(build):
-    """V(y_≤i) is the reward of the completion cut after token i, at every i, so at the last token the reward itself."""
+    """V(y_≤i) is the reward of the completion cut after token i, so at the last token the reward itself."""
     reward = build()
     rows = toys.completions(4)
     ids, mask = toys.pad_right(rows)
@@ -143,20 +144,45 @@ def test_a_templated_gradient_agrees_with_finite_differences_in_float64():
     torch.testing.assert_close((gradient * direction).sum(), (up - down) / 2e-5, rtol=1e-7, atol=1e-8)
 
 
-def test_a_reward_is_continued_from_a_kept_prefix(classifier):
+@pytest.mark.parametrize(
+    "build", [lambda: SequenceClassifierReward(toys.build_classifier(), toys.chat_tokenizer()), likelihood],
+    ids=["classifier", "likelihood"],
+)  # fmt: skip
+def test_a_reward_is_continued_from_a_kept_prefix(build):
     """Scoring the rest of a completion on a prefix cut out of an earlier scoring equals scoring all of it."""
-    reward = SequenceClassifierReward(classifier, toys.chat_tokenizer())
-    rows = toys.completions(4)
+    reward = build()
+    rows = [*toys.completions(4)[:2], [8, 9], [7, 7, 5]]
     ids, mask = toys.pad_right(rows)
     scored = reward.score(start(reward), ids, mask)
     cuts = torch.tensor([len(row) // 2 for row in rows])
     rest = toys.pad_right([row[n:] for row, n in zip(rows, cuts.tolist(), strict=True)])
-    again = reward.score(scored.encoded.prefix_at(cuts), *rest)
-    torch.testing.assert_close(again.reward, scored.reward, atol=2e-5, rtol=1e-5)
+    tracks = scored.encoded.tracks([0] * 4)
+    for kept in (
+        scored.encoded.prefix_at(cuts),
+        Prefix.cat([track.prefix_at(n) for track, n in zip(tracks, cuts.tolist(), strict=True)]),
+    ):
+        again = reward.score(kept, *rest)
+        soft = reward(kept.select(torch.tensor([3, 1])), toys.one_hot(rest[0][[3, 1]]), rest[1][[3, 1]])
+        values = reward.values(kept, *rest).gather(-1, last_valid(rest[1])[:, None]).squeeze(-1)
+        torch.testing.assert_close(again.reward, scored.reward, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(soft, scored.reward[[3, 1]], atol=2e-5, rtol=1e-5)
+        if not getattr(reward, "tail", None):
+            torch.testing.assert_close(values, scored.reward, atol=2e-5, rtol=1e-5)
+    # spliced: the first half of one scoring, then another end
+    ends = [[4, 11], [6], [30, 5, 9], [12]]
+    new = reward.score(scored.encoded.prefix_at(cuts), *toys.pad_right(ends))
+    spliced = [old.spliced(tail) for old, tail in zip(tracks, new.encoded.tracks(cuts.tolist()), strict=True)]
+    for cut in (0, 1):
+        wholes = [[*row[:n], *end] for row, n, end in zip(rows, cuts.tolist(), ends, strict=True)]
+        rest = toys.pad_right([row[cut:] for row in wholes])
+        again = reward.score(Prefix.cat([track.prefix_at(cut) for track in spliced]), *rest)
+        torch.testing.assert_close(again.reward, new.reward, atol=2e-5, rtol=1e-5)
+        whole = reward.score(start(reward), *toys.pad_right(wholes)).reward
+        torch.testing.assert_close(again.reward, whole, atol=2e-5, rtol=1e-5)
 
 
 def test_the_likelihood_reward_is_a_sum_of_log_softmax():
-    """r = Σ log π_strong(y_i | x, y_<i): hard, soft, in partial sums, and with the gradient of both of a token's roles."""
+    """r = Σ log π_strong(y_i | x, y_<i): hard, soft, in partial sums, and with the gradient of both roles."""
     reward = likelihood()
     rows = toys.completions(4)
     ids, mask = toys.pad_right(rows)
@@ -208,7 +234,7 @@ def test_vocabularies_that_differ_are_refused_with_the_count():
 
 
 def test_what_is_no_reward_model_is_refused():
-    """A language model, two labels, a system prompt without a template and NaN weights are errors with one line each."""
+    """A language model, two labels, a system prompt without a template and NaN weights are errors of one line."""
     with pytest.raises(UserError, match="one label and a `score` head, found LlamaForCausalLM"):
         SequenceClassifierReward(toys.build_llama(), toys.tokenizer())
     with pytest.raises(UserError, match="with 2 labels"):

@@ -1,0 +1,178 @@
+"""What the documentation says is true of the code: its Python runs, its links, options and commands exist."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = sorted([README, *(ROOT / "docs").rglob("*.md")])
+MAX_WIDTH = 120
+
+FENCE = re.compile(r"^( *)(```+|~~~+)(.*)$")
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)|!\[[^\]]*\]\(([^)\s]+)\)")
+OPTION = re.compile(r"(?<![\w-])--((?:model|data)\.[a-z_]+(?:\.[a-z_]+)*)")
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+on_every_page = pytest.mark.parametrize("page", PAGES, ids=name)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its info string, its first line's number, its text."""
+
+    info: str
+    line: int
+    text: str
+
+
+def split(page: Path) -> tuple[list[Block], str]:
+    """The fenced blocks of a page, and the page without them (line numbers kept)."""
+    blocks: list[Block] = []
+    prose: list[str] = []
+    fence, info, start, held = "", "", 0, []
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
+        found = FENCE.match(line)
+        if not fence and found:
+            fence, info, start, held = found[2], found[3].strip(), number + 1, []
+        elif fence and line.strip() == fence:
+            blocks.append(Block(info, start, "\n".join(held)))
+            fence = ""
+        elif fence:
+            held.append(line)
+        prose.append("" if fence or found else line)
+    assert not fence, f"{name(page)}: the block opened before line {start} is not closed"
+    return blocks, "\n".join(prose)
+
+
+def python_blocks(page: Path) -> list[Block]:
+    return [block for block in split(page)[0] if block.info.split()[:1] == ["python"] and "no-run" not in block.info]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=name)
+def test_python_blocks_run_in_order(page, monkeypatch, tmp_path, capsys):
+    """Each page is one program: its blocks share a namespace, and an error names the page's own line."""
+    module = ModuleType(f"docs_{page.stem}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.chdir(tmp_path)
+    for block in python_blocks(page):
+        source = "\n" * (block.line - 1) + block.text
+        exec(compile(source, str(page), "exec"), module.__dict__)  # noqa: S102
+
+
+def anchor(heading: str) -> str:
+    """The id that GitHub and mkdocs give a heading of plain words."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+
+
+@on_every_page
+def test_relative_links_resolve(page):
+    for match in LINK.finditer(split(page)[1]):
+        target = match[1] or match[2]
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, fragment = target.partition("#")
+        file = page if not path else (page.parent / path)
+        assert file.exists(), f"{name(page)}: no {target}"
+        if fragment:
+            headings = re.findall(r"^#+ (.+)$", split(file)[1], flags=re.MULTILINE)
+            assert fragment in map(anchor, headings), f"{name(page)}: no heading #{fragment} in {path or 'this page'}"
+
+
+@cache
+def known_options() -> frozenset[str]:
+    """The options of `decode`, as the real parser has them."""
+    from nabla_rl.data.module import ProblemData
+    from nabla_rl.modules.decode_cli import DecodeCLI
+    from nabla_rl.modules.decoding import Decoding
+
+    taken: list[str] = []
+
+    class Collect(DecodeCLI):
+        def parse_arguments(self, parser, args):
+            taken.extend(option for action in parser._actions for option in action.option_strings)
+            raise StopIteration
+
+    with pytest.raises(StopIteration):
+        Collect(Decoding, ProblemData, run=False, args=[], save_config_callback=None, auto_configure_optimizers=False)
+    return frozenset(taken)
+
+
+@on_every_page
+def test_options_exist(page):
+    """In prose and in every block: an option that was renamed is renamed here too."""
+    for option in set(OPTION.findall(page.read_text(encoding="utf-8"))):
+        assert f"--{option}" in known_options(), f"{name(page)}: no option --{option}"
+
+
+@on_every_page
+def test_named_scripts_configs_and_targets_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for script in re.findall(r"python (scripts/[\w/]+\.py)", text):
+        assert (ROOT / script).is_file(), f"{name(page)}: no {script}"
+    for config in re.findall(r"configs/[\w/.-]+\.yaml", text):
+        assert (ROOT / config).is_file(), f"{name(page)}: no {config}"
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    for target in re.findall(r"(?:^ {4}|`)make ([a-z-]+)", text, flags=re.MULTILINE):
+        assert target in targets, f"{name(page)}: no target {target} in the Makefile"
+
+
+@on_every_page
+def test_lines_are_short(page):
+    """120 characters; tables, links and display mathematics cannot be broken."""
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
+        unbreakable = line.startswith("|") or re.fullmatch(r"\S*https?://\S*", line.strip())
+        assert len(line) <= MAX_WIDTH or unbreakable, f"{name(page)}, line {number}: {len(line)} characters"
+
+
+def test_navigation_has_every_page():
+    listed = set(re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
+    assert listed == {page.relative_to(ROOT / "docs").as_posix() for page in PAGES if page != README}
+
+
+def test_api_references_resolve():
+    """What mkdocstrings is asked for (`::: dotted.name`) can be imported."""
+    import importlib
+
+    for page in PAGES:
+        for dotted in re.findall(r"^::: ([\w.]+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE):
+            try:
+                importlib.import_module(dotted)
+            except ModuleNotFoundError:
+                owner, _, attribute = dotted.rpartition(".")
+                assert attribute in vars(importlib.import_module(owner)), f"{name(page)}: no {dotted}"
+
+
+def test_readme_keeps_the_markers_of_its_results():
+    """The table between them is generated."""
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert lines.index("<!-- results:begin -->") < lines.index("<!-- results:end -->")
+
+
+def test_readme_file_tree_is_the_real_one():
+    """Every file and folder it names exists, and it names every module of the package."""
+    tree = next(block.text for block in split(README)[0] if block.info == "tree")
+    folder, named = ROOT, set()
+    for line in tree.splitlines():
+        entry = line.split()[0]
+        if line.startswith("  "):
+            path = folder / entry
+        else:
+            path = ROOT / entry
+            folder = path if entry.endswith("/") else ROOT
+        assert path.exists(), f"README.md: no {path.relative_to(ROOT)}"
+        named.add(path)
+    modules = {p for p in (ROOT / "nabla_rl").iterdir() if p.name not in ("__init__.py", "__pycache__")}
+    missing = {p.relative_to(ROOT).as_posix() for p in modules - named if p.suffix in ("", ".py")}
+    assert not missing, f"README.md: the tree lacks {', '.join(sorted(missing))}"
