@@ -37,7 +37,7 @@ format: $(VENV)/.installed-test  ## let ruff format and fix
 	$(VENV)/bin/ruff check --fix .
 
 bench: $(VENV)/.installed-test  ## run the files of benchmarks/, one after the other
-	@for file in benchmarks/*.py; do \
+	@for file in benchmarks/[!_]*.py; do \
 	  [ -e "$$file" ] || { echo "make bench: benchmarks/ holds no Python file"; exit 1; }; \
 	  echo "== $$file"; $(OFFLINE) $(PYTHON) "$$file" $(ARGS) || exit 1; \
 	done

@@ -34,7 +34,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def llama(kind: type[PreTrainedModel], *, dtype: torch.dtype, device: torch.device | str, seed: int, **shape: Any) -> Any:
+def llama(
+    kind: type[PreTrainedModel], *, dtype: torch.dtype, device: torch.device | str, seed: int, **shape: Any
+) -> Any:
     """A Llama model of a shape, with small random weights, made on the device."""
     shape = {"max_position_embeddings": 2048, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | shape
     if kind is LlamaForSequenceClassification:
@@ -78,14 +80,15 @@ def build_objective(
 class Bare:
     """The models' own forward and backward passes at hard tokens, written with transformers and nothing else.
 
-    `policy()` feeds tokens 1..L-1 after the cached prompt, takes log_softmax of the L positions' logits (float32) and their
-    sum at the tokens, and differentiates it: ∂/∂y = log π + (∂/∂embedding) Eᵀ, (batch, L, vocab). `reward()` feeds tokens
-    1..L after the judge's own cached prompt, reads the classifier's logit at the last one, and differentiates it:
-    (∂/∂embedding) Eᵀ, (batch, L, vocab).
+    `policy()` feeds tokens 1..L-1 after the cached prompt, takes log_softmax of the L positions' logits (float32) and
+    their sum at the tokens, and differentiates it: ∂/∂y = log π + (∂/∂embedding) Eᵀ, (batch, L, vocab). `reward()`
+    feeds tokens 1..L after the judge's own cached prompt, reads the classifier's logit at the last one, and
+    differentiates it: (∂/∂embedding) Eᵀ, (batch, L, vocab).
 
-    Tokens enter as embedding look-ups, or with `dense=True` as what autograd needs in order to do all this by itself: a
-    float32 one-hot tensor (batch, L, vocab) times the embedding matrix, and the likelihood as a product with it.
-    Nothing else happens: no optimiser, no relaxation, no search for changed tokens, and the gradients are not added up.
+    Tokens enter as embedding look-ups, or with `dense=True` as what autograd needs in order to do all this by itself:
+    a float32 one-hot tensor (batch, L, vocab) times the embedding matrix, and the likelihood as a product with it.
+    Nothing else happens: no optimiser, no relaxation, no search for changed tokens, and the gradients are not added
+    up.
     """
 
     def __init__(self, objective: Objective, ids: Tensor):
@@ -136,7 +139,8 @@ class Bare:
 
 
 def clock(device: torch.device) -> float:
-    """Seconds: this process's own on a CPU, which other processes do not lengthen; wall time on a GPU, once it is idle."""
+    """Seconds: this process's own on a CPU, which other processes do not lengthen; wall time on a GPU, once it is
+    idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return time.perf_counter()
@@ -146,7 +150,8 @@ def clock(device: torch.device) -> float:
 def interleave(
     works: Mapping[str, Callable[[], Any]], repetitions: int, device: torch.device, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of each piece of work, one after another and then backwards, `repetitions` times in all, after a warm-up."""
+    """Seconds of each piece of work, one after another and then backwards, `repetitions` times in all, after a
+    warm-up."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for repetition in range(-warmup, repetitions):
         order = list(works) if repetition % 2 == 0 else list(works)[::-1]
@@ -163,7 +168,11 @@ def interleave(
 def ratio(times: Mapping[str, Sequence[float]], above: str, below: str) -> tuple[float, float, float]:
     """Median of the quotients of neighbouring repetitions, and their quartiles."""
     quotients = sorted(a / b for a, b in zip(times[above], times[below], strict=True))
-    return statistics.median(quotients), quotients[len(quotients) // 4], quotients[math.ceil(len(quotients) * 3 / 4) - 1]
+    return (
+        statistics.median(quotients),
+        quotients[len(quotients) // 4],
+        quotients[math.ceil(len(quotients) * 3 / 4) - 1],
+    )
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -171,7 +180,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     for index, row in enumerate(cells):
-        print("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))))
+        print(
+            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        )
         if index == 0:
             print("  ".join("-" * width for width in widths))
 

@@ -1,11 +1,11 @@
 """One gradient step of DTO against the two models' own forward and backward passes on the same tokens.
 
-A step is `nabla_rl.dto.step` with caching off: energy and gradient of policy and reward at hard (straight-through) tokens,
-the product with the softmax's Jacobian, AdamW on the (length, vocab) logits, and the new argmax. What the bare passes
-compute is said in `_common.Bare`; they are timed with embedding look-ups (the least that gives the same gradient, and
-the figure that counts) and with dense one-hot tensors (what one writes first). Before anything is timed, energy and gradient of
-the two are compared. Prompts are encoded before and cached for all. Ratios are medians over interleaved repetitions in one
-run, the order reversed every other time; seconds are the process's own.
+A step is `nabla_rl.dto.step` with caching off: energy and gradient of policy and reward at hard (straight-through)
+tokens, the product with the softmax's Jacobian, AdamW on the (length, vocab) logits, and the new argmax. What the bare
+passes compute is said in `_common.Bare`; they are timed with embedding look-ups (the least that gives the same
+gradient, and the figure that counts) and with dense one-hot tensors (what one writes first). Before anything is timed,
+energy and gradient of the two are compared. Prompts are encoded before and cached for all. Ratios are medians over
+interleaved repetitions in one run, the order reversed every other time; seconds are the process's own.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ def main() -> None:
         args.vocab, args.length, args.prompt, args.hidden, args.layers, args.repetitions = 1000, 32, 8, 64, 2, 4
 
     device = torch.device("cpu")
+    heads = args.hidden // 64
     shape = {
         "vocab_size": args.vocab, "hidden_size": args.hidden, "intermediate_size": 11 * args.hidden // 4,
-        "num_hidden_layers": args.layers, "num_attention_heads": args.hidden // 64, "num_key_value_heads": args.hidden // 64,
+        "num_hidden_layers": args.layers, "num_attention_heads": heads, "num_key_value_heads": heads,
     }  # fmt: skip
     policy, reward = policy_and_reward(shape, shape, dtype=torch.float32, device=device)
     objective = build_objective(policy, reward, args.batch, args.prompt, args.length)
@@ -75,7 +76,11 @@ def main() -> None:
         step()
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as prof:
             step()
-        print(prof.key_averages(group_by_input_shape=True).table(sort_by="self_cpu_time_total", row_limit=45, max_shapes_column_width=60))
+        print(
+            prof.key_averages(group_by_input_shape=True).table(
+                sort_by="self_cpu_time_total", row_limit=45, max_shapes_column_width=60
+            )
+        )
         return
 
     works = {
@@ -86,8 +91,9 @@ def main() -> None:
     }
     times = interleave(works, args.repetitions, device)
     print(
-        f"DTO step: vocabulary {args.vocab}, completion {args.length}, prompt {args.prompt} (cached), batch {args.batch}; policy and "
-        f"judge: hidden {args.hidden}, {args.layers} layers, float32; {torch.get_num_threads()} thread(s), {args.repetitions} repetitions"
+        f"DTO step: vocabulary {args.vocab}, completion {args.length}, prompt {args.prompt} (cached), "
+        f"batch {args.batch}; policy and judge: hidden {args.hidden}, {args.layers} layers, float32; "
+        f"{torch.get_num_threads()} thread(s), {args.repetitions} repetitions"
     )
     rows, figures = [], {}
     for name, seconds in times.items():
@@ -95,11 +101,15 @@ def main() -> None:
         shown = [f"{middle:.3f} [{low:.3f}, {high:.3f}]" for middle, low, high in against]
         rows.append([name, f"{1000 * statistics.median(seconds):.1f}", *shown])
         figures[name.strip()] = {
-            "milliseconds": 1000 * statistics.median(seconds), "over_bare_lookup": against[0], "over_bare_dense": against[1],
-        }  # fmt: skip
+            "milliseconds": 1000 * statistics.median(seconds),
+            "over_bare_lookup": against[0],
+            "over_bare_dense": against[1],
+        }
     table(["", "ms", "over bare look-ups [quartiles]", "over bare dense [quartiles]"], rows)
     print(f"goal: at most {GOAL} times the bare passes")
-    write_json(args.json, "dto_step", {"options": {k: v for k, v in vars(args).items() if k != "json"}, "figures": figures})
+    write_json(
+        args.json, "dto_step", {"options": {k: v for k, v in vars(args).items() if k != "json"}, "figures": figures}
+    )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
-"""Peak memory at a large vocabulary, over the whole of it and on 64 tokens for each position, beyond the models' weights.
+"""Peak memory at a large vocabulary, over the whole of it and on 64 tokens for each position, beyond the models'
+weights.
 
 `dto`
-    `nabla_rl.dto.run` (4 steps) from given logits, which are there before and after and are not counted: with a support,
-    the search for its tokens (one gradient of both models, candidates over the whole vocabulary a few positions at a
-    time) is part of it.
+    `nabla_rl.dto.run` (4 steps) from given logits, which are there before and after and are not counted: with a
+    support, the search for its tokens (one gradient of both models, candidates over the whole vocabulary a few
+    positions at a time) is part of it.
 `decode`
-    `Nabla.decode` of one problem with two rollouts and one optimisation between them, all of it counted: rollouts, what the
-    search remembers of them, the probe, DTO.
+    `Nabla.decode` of one problem with two rollouts and one optimisation between them, all of it counted: rollouts,
+    what the search remembers of them, the probe, DTO.
 
-Each case runs in a process of its own. The figure is the highest resident memory of the process (VmHWM, the system's own
-count, so that no allocation is missed) less what was resident before, with models in place and everything warmed up at a
-length of 8.
+Each case runs in a process of its own. The figure is the highest resident memory of the process (VmHWM, the system's
+own count, so that no allocation is missed) less what was resident before, with models in place and everything warmed
+up at a length of 8.
 """
 
 from __future__ import annotations
@@ -66,16 +67,22 @@ def main() -> None:
     if args.case:
         print(json.dumps(measure(args)))
         return
-    peaks = {f"{scope}:{kind}": run_case(args, f"{scope}:{kind}") for scope in ("dto", "decode") for kind in ("full", "support")}
+    peaks = {
+        f"{scope}:{kind}": run_case(args, f"{scope}:{kind}")
+        for scope in ("dto", "decode")
+        for kind in ("full", "support")
+    }
     whole = args.length * args.vocab * 4 / 2**20
     print(
-        f"peak memory: vocabulary {args.vocab}, length {args.length}, support {args.support}, hidden {args.hidden}, {args.layers} "
-        f"layers, float32; one (length, vocabulary) tensor is {whole:.0f} MiB"
+        f"peak memory: vocabulary {args.vocab}, length {args.length}, support {args.support}, hidden {args.hidden}, "
+        f"{args.layers} layers, float32; one (length, vocabulary) tensor is {whole:.0f} MiB"
     )
     rows = []
     for scope in ("dto", "decode"):
         full, lean = (peaks[f"{scope}:{kind}"] / 2**20 for kind in ("full", "support"))
-        rows.append([scope, f"{full:.0f}", f"{full / whole:.1f}", f"{lean:.0f}", f"{lean / whole:.2f}", f"{full / lean:.1f}"])
+        rows.append(
+            [scope, f"{full:.0f}", f"{full / whole:.1f}", f"{lean:.0f}", f"{lean / whole:.2f}", f"{full / lean:.1f}"]
+        )
     table(["", "full MiB", "in (L, V)", "support MiB", "in (L, V)", "times less"], rows)
     print(f"goal: at least {GOAL} times less")
     kept = {name: value for name, value in vars(args).items() if name not in ("json", "case")}

@@ -25,7 +25,6 @@ from torch import Tensor
 from nabla_rl import functional as F
 from nabla_rl.types import LogProbsFn, Outcome, RewardFn, UserError
 
-
 CHUNK_CPU, CHUNK = 2**16, 2**25
 """Logits that are updated at once, on a CPU (so that they stay in its cache) and elsewhere (few enough to be little
 beside the rest, enough to keep a GPU busy)."""
@@ -311,7 +310,13 @@ def _evaluate(
     else:
         noise = None if state.noise is None else _take(state.noise, rows)
         probs = relaxation.forward(_perturb(logits, noise), config.tau)
-    pieces = {"prefix": config.prefix, "postfix": config.postfix, "reward": config.reward, "record": record, "tokens": tokens}
+    pieces = {
+        "prefix": config.prefix,
+        "postfix": config.postfix,
+        "reward": config.reward,
+        "record": record,
+        "tokens": tokens,
+    }
     new = F.energy_gradient(probs, _take(state.mask, rows), rows, log_probs_fn, reward_fn, beta=config.beta, **pieces)
     new = {name: value.to(state.logits.dtype) for name, value in new._asdict().items() if value is not None}
     every = len(rows) == len(wanted)

@@ -1,7 +1,7 @@
 """What every forward, backward and decoded token cost, per problem.
 
-A `Ledger` holds one account per problem. Rows are keyed by phase (what the work was for), model (policy or reward) and pass
-(forward or backward). Each row counts
+A `Ledger` holds one account per problem. Rows are keyed by phase (what the work was for), model (policy or reward)
+and pass (forward or backward). Each row counts
 
 - `calls`: passes that the problem took part in, one for each of its sequences (the paper's "model calls"),
 - `sequential`: passes that had to wait for one another, counting sequences of one problem in one batch once (latency),
@@ -100,7 +100,9 @@ class Ledger:
         """Count gradient steps that a cached gradient served, one for each entry of `problems`."""
         self.cached += torch.bincount(problems.cpu(), minlength=self.num_problems)
 
-    def cost(self, problem: int, *, model: str | None = None, phase: str | None = None, direction: str | None = None) -> Cost:
+    def cost(
+        self, problem: int, *, model: str | None = None, phase: str | None = None, direction: str | None = None
+    ) -> Cost:
         """The total of one problem over the rows that match."""
         total = torch.zeros(len(COLUMNS), dtype=torch.float64)
         for (row_phase, row_model, row_direction), account in self.rows.items():
@@ -112,7 +114,8 @@ class Ledger:
     def table(self, problem: int) -> list[dict]:
         """One problem's rows as plain mappings, sorted by key."""
         return [
-            {"phase": key[0], "model": key[1], "pass": key[2]} | asdict(self.cost(problem, phase=key[0], model=key[1], direction=key[2]))
+            {"phase": key[0], "model": key[1], "pass": key[2]}
+            | asdict(self.cost(problem, phase=key[0], model=key[1], direction=key[2]))
             for key in sorted(self.rows)
             if self.rows[key][problem].any()
         ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
@@ -10,10 +10,11 @@ from torch import Tensor
 
 
 class UserError(ValueError):
-    """Bad input from outside: one line that says what, expected, found and what to do. The command line exits with 2."""
+    """Bad input from outside: one line that says what, expected, found and what to do. The command line exits with
+    2."""
 
 
-class Outcome(str, Enum):
+class Outcome(StrEnum):
     """How an optimisation ended. A run that does not improve is a result, not an exception."""
 
     CONVERGED = "converged"

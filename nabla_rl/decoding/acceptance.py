@@ -1,4 +1,5 @@
-"""When a proposed completion replaces the current one. Both are scored alike: the same prompt, the same template, in full."""
+"""When a proposed completion replaces the current one. Both are scored alike: the same prompt, the same template, in
+full."""
 
 from __future__ import annotations
 
@@ -35,8 +36,9 @@ def accept_by_energy(current: Standing, proposed: Standing, uniform: float) -> b
 def accept_by_metropolis(current: Standing, proposed: Standing, uniform: float) -> bool:
     """Accept with probability min(1, exp(-(E' - E)) q(y) / q(y')).
 
-    With independent proposals q this is Metropolis-Hastings for the tilted policy. Here q's first token was optimised from the
-    current completion, and its law given the proposed one is taken to be the same: an approximation.
+    With independent proposals q this is Metropolis-Hastings for the tilted policy. Here q's first token was
+    optimised from the current completion, and its law given the proposed one is taken to be the same: an
+    approximation.
     """
     log_ratio = (current.energy - proposed.energy) + (current.proposal_logp - proposed.proposal_logp)
     if math.isnan(log_ratio):

@@ -35,7 +35,9 @@ class Sampling:
         if self.temperature < 0:
             raise UserError(f"sampling.temperature: expected at least 0, found {self.temperature}. Use 0 for greedy.")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"sampling.top_p: expected a number in (0, 1], found {self.top_p}. Use 1 to switch it off.")
+            raise UserError(
+                f"sampling.top_p: expected a number in (0, 1], found {self.top_p}. Use 1 to switch it off."
+            )
         if self.max_new_tokens < 1:
             raise UserError(f"sampling.max_new_tokens: expected at least 1, found {self.max_new_tokens}.")
 
@@ -111,7 +113,10 @@ class AbstractDecoder(ABC):
 def require_reward(decoder: str, reward: AbstractReward | None) -> AbstractReward:
     """The reward, or one line that says who needs it."""
     if reward is None:
-        raise UserError(f"{decoder}: expected a reward model, found none. Pass --model.reward.name, or leave it out of --model.decoders.")
+        raise UserError(
+            f"{decoder}: expected a reward model, found none. Pass --model.reward.name, or leave it out of "
+            f"--model.decoders."
+        )
     return reward
 
 
@@ -122,7 +127,8 @@ def prefill(problems: Sequence[Problem], policy: Policy, ledger: Ledger, max_new
     for problem, prompt in zip(problems, prompts, strict=True):
         if len(prompt) + max_new_tokens > limit:
             raise UserError(
-                f"problem {problem.id!r}: expected prompt and completion to fit the model's context of {limit} tokens, found "
+                f"problem {problem.id!r}: expected prompt and completion to fit the model's context of "
+                f"{limit} tokens, found "
                 f"{len(prompt)} + {max_new_tokens}. Shorten the problem or lower --model.sampling.max_new_tokens."
             )
     return policy.prefill(prompts, torch.arange(len(problems)), ledger)
@@ -140,7 +146,8 @@ def draw_rollouts(
     keep_encoded: bool = False,
     keep_entropy: bool = False,
 ) -> Rollout:
-    """`n` rollouts of each problem, rows n·i … n·i + n - 1 being problem i's; draw j depends on (seed, problem id, j)."""
+    """`n` rollouts of each problem, rows n·i … n·i + n - 1 being problem i's; draw j depends on (seed, problem id,
+    j)."""
     generators = [seeded_generator(seed, p.id, "rollout", j) for p in problems for j in range(n)]
     rows = prefix if n == 1 else prefix.select(torch.arange(len(problems), device=policy.device).repeat_interleave(n))
     return policy.rollout(
@@ -156,9 +163,16 @@ def draw_rollouts(
 
 
 def score_rollouts(
-    problems: Sequence[Problem], reward: AbstractReward, ids: Tensor, mask: Tensor, ledger: Ledger, *, phase: str = "score"
+    problems: Sequence[Problem],
+    reward: AbstractReward,
+    ids: Tensor,
+    mask: Tensor,
+    ledger: Ledger,
+    *,
+    phase: str = "score",
 ) -> tuple[Tensor, list[Track]]:
-    """Rewards of n completions of each problem (rows n·i … are problem i's), and their encodings by the reward model."""
+    """Rewards of n completions of each problem (rows n·i … are problem i's), and their encodings by the reward
+    model."""
     n = len(ids) // len(problems)
     prefix = reward.prefill([p.problem for p in problems], torch.arange(len(problems)), ledger)
     if n > 1:
@@ -173,7 +187,9 @@ def candidates(policy: Policy, rollout: Rollout, rewards: Tensor | None) -> list
     logps = rollout.logps.sum(-1).tolist()
     values = rewards.tolist() if rewards is not None else [None] * len(logps)
     rows = [tuple(ids[mask].tolist()) for ids, mask in zip(rollout.ids, rollout.mask, strict=True)]
-    return [Candidate(policy.decode(row), row, logp, value) for row, logp, value in zip(rows, logps, values, strict=True)]
+    return [
+        Candidate(policy.decode(row), row, logp, value) for row, logp, value in zip(rows, logps, values, strict=True)
+    ]
 
 
 def energies(tried: Sequence[Candidate], beta: float) -> Tensor:

@@ -1,4 +1,5 @@
-"""∇-Reasoner: gradient descent on the current completion proposes its next token; a rollout and an acceptance rule decide.
+"""∇-Reasoner: gradient descent on the current completion proposes its next token; a rollout and an acceptance rule
+decide.
 
     y, z ← rollout from x, with its logits
     repeat   skip positions that the selector does not pick (they keep their token)
@@ -7,16 +8,18 @@
              commit y_1
     until    the completion ends, or max_rollouts are used (the rest is committed as it stands)
 
-Published is one sweep over the completion; with `sweeps` > 1 the loop starts again at the first token while rollouts are left.
+Published is one sweep over the completion; with `sweeps` > 1 the loop starts again at the first token while rollouts
+are left.
 
-(∇-Reasoner, arXiv 2603.04948, Algorithms 1 and 3.) Many problems advance side by side, one position of each at a time, and
-each is independent of the others. What is known is never computed again: the prefix grows without being re-encoded, an
-unchanged or rejected token keeps its rollout and logits, and the gradient at the current completion serves every position
-until the completion changes (the gradient of token i does not depend on where the prefix is said to end).
+(∇-Reasoner, arXiv 2603.04948, Algorithms 1 and 3.) Many problems advance side by side, one position of each at a
+time, and each is independent of the others. What is known is never computed again: the prefix grows without being
+re-encoded, an unchanged or rejected token keeps its rollout and logits, and the gradient at the current completion
+serves every position until the completion changes (the gradient of token i does not depend on where the prefix is
+said to end).
 
-Where this differs from the released code: DTO starts at the sampled rollout and not at the argmax of its logits (a constant
-offset makes the sampled token the largest); current and proposed completion are scored alike; the acceptance rate is over
-proposals; every model call is booked.
+Where this differs from the released code: DTO starts at the sampled rollout and not at the argmax of its logits (a
+constant offset makes the sampled token the largest); current and proposed completion are scored alike; the
+acceptance rate is over proposals; every model call is booked.
 """
 
 from __future__ import annotations
@@ -109,11 +112,19 @@ class Nabla(AbstractDecoder):
 
     def __post_init__(self) -> None:
         """Check the values in the spelling of the command line."""
-        for name, low in (("max_rollouts", 1), ("sweeps", 1), ("min_entropy", 0), ("min_gradient_norm", 0), ("resample_temperature", 0)):
+        for name, low in (
+            ("max_rollouts", 1),
+            ("sweeps", 1),
+            ("min_entropy", 0),
+            ("min_gradient_norm", 0),
+            ("resample_temperature", 0),
+        ):
             if self.__dict__[name] < low:
                 raise UserError(f"nabla.{name}: expected at least {low}, found {self.__dict__[name]}.")
         if self.dto.fresh_noise:
-            raise UserError("nabla.dto.fresh_noise: expected false, found true. Decoding draws its noise once a position.")
+            raise UserError(
+                "nabla.dto.fresh_noise: expected false, found true. Decoding draws its noise once a position."
+            )
         if self.support is not None and self.support < 2:
             raise UserError(f"nabla.support: expected at least 2 tokens, or null for all, found {self.support}.")
 
@@ -161,13 +172,13 @@ class Nabla(AbstractDecoder):
                 problem, row, ids, logps, sampling_logps, logits, entropy, bool(rollout.finished[row]),
                 float(rewards[row]), policy_tracks[row], reward_tracks[row],
             )  # fmt: skip
-            search.counts["positions"] = len(ids)
             search.tried.append(_candidate(policy, search))
             searches.append(search)
         return searches
 
     def _next(self, search: _Search) -> bool:
-        """Go to the next picked position, in the next sweep where this one has none left; False when all sweeps are done."""
+        """Go to the next picked position, in the next sweep where this one has none left; False when all sweeps are
+        done."""
         while not self._select(search):
             search.sweep += 1
             if search.sweep >= self.sweeps:
@@ -178,10 +189,10 @@ class Nabla(AbstractDecoder):
     def _select(self, search: _Search) -> bool:
         """Commit tokens up to the next position that the selector picks; False where there is none left."""
         later = self._picked(search)[search.position :].nonzero()
-        if len(later) == 0:
-            return False
-        search.position += int(later[0])
-        return True
+        skipped = int(later[0]) if len(later) else len(search.ids) - search.position
+        search.counts["skipped"] += skipped
+        search.position += skipped
+        return len(later) > 0
 
     def _picked(self, search: _Search) -> Tensor:
         """Which positions the selector picks, (length,), as far as is known."""
@@ -192,7 +203,12 @@ class Nabla(AbstractDecoder):
         return picked
 
     def _objective(
-        self, searches: list[_Search], starts: list[int], policy: Policy, reward: AbstractReward, support: Tensor | None
+        self,
+        searches: list[_Search],
+        starts: list[int],
+        policy: Policy,
+        reward: AbstractReward,
+        support: Tensor | None,
     ) -> Objective:
         """The energy of the current completions as functions of their tokens from `starts` on."""
         lengths = torch.tensor([len(s.ids) - at for s, at in zip(searches, starts, strict=True)], device=policy.device)
@@ -220,13 +236,18 @@ class Nabla(AbstractDecoder):
             if self._lean(policy):
                 assert self.support is not None
                 hidden = [s.policy_track.hidden[at : len(s.ids)] for s, at in zip(searches, starts, strict=True)]
-                every, num = HeadLogits(policy, pad_sequence(hidden, batch_first=True)), min(GRADIENT_CANDIDATES, self.support - 1)
+                every, num = (
+                    HeadLogits(policy, pad_sequence(hidden, batch_first=True)),
+                    min(GRADIENT_CANDIDATES, self.support - 1),
+                )
                 candidates = gradient_candidates(objective, ids, every, self.beta, num) if num else None
                 objective.support = support = choose_support(every, ids, self.support, candidates)
                 logits = every.gather(support)
                 policy.backbone.record_head(objective.policy_prefix, (3 if num else 2) * objective.mask.sum(-1))
             else:
-                logits = pad_sequence([s.logits[at:] for s, at in zip(searches, starts, strict=True)], batch_first=True)
+                logits = pad_sequence(
+                    [s.logits[at:] for s, at in zip(searches, starts, strict=True)], batch_first=True
+                )
             state = dto.init(logits, objective.mask, self._config())
             state = _start_at(state, ids if support is None else (support == ids[..., None]).int().argmax(-1))
             # one update is made and thrown away: what is wanted is the gradient that it evaluates
@@ -273,7 +294,10 @@ class Nabla(AbstractDecoder):
         """The optimised logits z̃_1 of each search's position, their token ids, and ‖∂L/∂y_1‖."""
         config = self._config()
         if config.num_steps == 0:
-            norms = [s.gradient[s.position - s.gradient_from].norm() if s.gradient is not None else torch.zeros(()) for s in searches]
+            norms = [
+                s.gradient[s.position - s.gradient_from].norm() if s.gradient is not None else torch.zeros(())
+                for s in searches
+            ]
             return [self._first_logits(s, policy) for s in searches], [None] * len(searches), norms
         gradients, supports, rows = [], [], []
         for search in searches:
@@ -281,7 +305,9 @@ class Nabla(AbstractDecoder):
             done = search.position - search.gradient_from
             gradients.append(search.gradient[done:])
             supports.append(None if search.support is None else search.support[done:])
-            rows.append(search.logits[search.position :] if search.support_logits is None else search.support_logits[done:])
+            rows.append(
+                search.logits[search.position :] if search.support_logits is None else search.support_logits[done:]
+            )
         gradient = pad_sequence(gradients, batch_first=True)
         ids = pad_sequence([s.ids[s.position :] for s in searches], batch_first=True)
         logits = pad_sequence(rows, batch_first=True)
@@ -293,23 +319,32 @@ class Nabla(AbstractDecoder):
         if config.relaxation == "straight_through":
             state = _start_at(state, start)
             # the gradient at the current completion is known: the first steps need no model
-            energy, value, logps = (torch.tensor(x).to(state.logits) for x in zip(*(s.standing for s in searches), strict=True))
+            energy, value, logps = (
+                torch.tensor(x).to(state.logits) for x in zip(*(s.standing for s in searches), strict=True)
+            )
             state = state._replace(
                 gradient=gradient, energy=energy, reward=value, logps=logps, stale=torch.zeros_like(state.stale)
             )
         elif state.noise is not None:
             keys = [(self.seed, s.problem.id, "noise", s.sweep, s.position, len(s.tried)) for s in searches]
-            drawn = [sample_gumbel(noise.shape, seeded_generator(*key)) for noise, key in zip(state.noise, keys, strict=True)]
+            drawn = [
+                sample_gumbel(noise.shape, seeded_generator(*key))
+                for noise, key in zip(state.noise, keys, strict=True)
+            ]
             noise = torch.stack(drawn).to(logits)
             state = state._replace(noise=noise, tokens=(state.logits + noise).argmax(-1))
         with ledger.phase("dto"):
             for _ in range(config.num_steps):
                 state, info = dto.step(state, objective.log_probs, objective.rewards, config, donate=True)
-                for search, evaluated, flips in zip(searches, info.evaluated.tolist(), info.flips.tolist(), strict=True):
+                for search, evaluated, flips in zip(
+                    searches, info.evaluated.tolist(), info.flips.tolist(), strict=True
+                ):
                     search.counts["dto_steps"] += 1
                     search.counts["dto_evaluations"] += int(evaluated)
                     search.counts["flips"] += int(flips)
-                served = [s.account for s, evaluated in zip(searches, info.evaluated.tolist(), strict=True) if not evaluated]
+                served = [
+                    s.account for s, evaluated in zip(searches, info.evaluated.tolist(), strict=True) if not evaluated
+                ]
                 ledger.record_cached(torch.tensor(served, dtype=torch.int64))
         return list(state.logits[:, 0]), firsts, [g[0].norm() for g in gradients]
 
@@ -378,8 +413,16 @@ class Nabla(AbstractDecoder):
             accepted = RULES[self.acceptance](current, proposed, float(torch.rand(1, generator=generator)))
             search.trace.append(
                 Edit(
-                    at, policy.decode([int(search.ids[at])]), policy.decode([tokens[row]]), current.reward, proposed.reward,
-                    current.energy, proposed.energy, accepted, norm, float(search.entropy[at]),
+                    at,
+                    policy.decode([int(search.ids[at])]),
+                    policy.decode([tokens[row]]),
+                    current.reward,
+                    proposed.reward,
+                    current.energy,
+                    proposed.energy,
+                    accepted,
+                    norm,
+                    float(search.entropy[at]),
                 )  # fmt: skip
             )
             search.tried.append(_candidate(policy, candidate))
@@ -390,15 +433,26 @@ class Nabla(AbstractDecoder):
 
 
 _REPLACED = (
-    "ids", "logps", "sampling_logps", "logits", "entropy", "finished", "reward", "policy_track", "reward_track", "gradient",
+    "ids",
+    "logps",
+    "sampling_logps",
+    "logits",
+    "entropy",
+    "finished",
+    "reward",
+    "policy_track",
+    "reward_track",
+    "gradient",
     "gradient_from",
-)  # fmt: skip
+)
+"""What an accepted proposal replaces."""
 
 
 def _start_at(state: DTOState, tokens: Tensor) -> DTOState:
     """The state whose hard tokens are `tokens`: a constant offset lifts each of them to its position's maximum.
 
-    The logits themselves, which proposals are drawn from, stay the policy's. A token flips when another one overtakes it.
+    The logits themselves, which proposals are drawn from, stay the policy's. A token flips when another one
+    overtakes it.
     """
     highest = state.logits.amax(-1, keepdim=True)
     lift = highest - state.logits.gather(-1, tokens[..., None]) + 1e-5 * highest.abs().clamp(min=1.0)
@@ -424,7 +478,7 @@ def _finish(search: _Search) -> Decoded:
     ids = tuple(search.ids.tolist())
     final = next(c for c in search.tried if c.ids == ids)
     return Decoded(
-        search.problem.id, final.text, ids, search.finished, float(search.logps.double().sum()), search.reward, search.tried,
-        search.trace, len(search.trace), sum(edit.accepted for edit in search.trace), dict(search.counts),
+        search.problem.id, final.text, ids, search.finished, float(search.logps.double().sum()), search.reward,
+        search.tried, search.trace, len(search.trace), sum(edit.accepted for edit in search.trace),
+        dict(search.counts),
     )  # fmt: skip
-

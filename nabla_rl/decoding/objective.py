@@ -63,7 +63,8 @@ def _lookup(support: Tensor, index: Tensor) -> Tensor:
 
 @dataclass
 class HeadLogits:
-    """Logits (batch, length, vocab) that are computed where they are read, from the hidden states that predict each token."""
+    """Logits (batch, length, vocab) that are computed where they are read, from the hidden states that predict each
+    token."""
 
     policy: Policy
     hidden: Tensor
@@ -95,10 +96,11 @@ def choose_support(logits: Tensor | HeadLogits, ids: Tensor, k: int, candidates:
 def gradient_candidates(
     objective: Objective, ids: Tensor, logits: Tensor | HeadLogits, beta: float, num: int
 ) -> Tensor:
-    """The tokens that the first-order change of the energy likes best, (batch, length, num), over the whole vocabulary.
+    """The tokens that the first-order change of the energy likes best, (batch, length, num), over the whole
+    vocabulary.
 
-    One forward and backward of both models at the completion `ids`, down to its input embeddings e_i; then, a few positions at
-    a time, g_i[v] = -log π(v | x, y_<i) + ∂L/∂e_i · E_v. Memory is O(length · (hidden + num)).
+    One forward and backward of both models at the completion `ids`, down to its input embeddings e_i; then, a few
+    positions at a time, g_i[v] = -log π(v | x, y_<i) + ∂L/∂e_i · E_v. Memory is O(length · (hidden + num)).
 
     Args:
         objective: the models and the encoded prefixes.

@@ -23,7 +23,8 @@ from nabla_rl.rewards.base import AbstractReward
 
 
 def choose_by_majority(tried: Sequence[Candidate], extract: Extract) -> int:
-    """The first candidate with the most frequent answer; ties go to the answer seen first, no answer never wins a vote."""
+    """The first candidate with the most frequent answer; ties go to the answer seen first, no answer never wins a
+    vote."""
     answers = [extract(candidate.text) for candidate in tried]
     counts = Counter(answer for answer in answers if answer is not None)
     if not counts:

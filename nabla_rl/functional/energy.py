@@ -151,8 +151,8 @@ def energy_gradient(
         postfix: Whether it has the postfix piece.
         reward: Whether it has the reward piece.
         record: Whether to take a gradient at all. False: forward passes only, and ``gradient`` is None.
-        tokens: Where ``token_probs`` is known to be one-hot: look-ups then take the place of products, and the callables
-            find them by :func:`nabla_rl.functional.relaxation.hard_tokens`.
+        tokens: Where ``token_probs`` is known to be one-hot: look-ups then take the place of products, and the
+            callables find them by :func:`nabla_rl.functional.relaxation.hard_tokens`.
 
     Returns:
         Energy, reward, log-probability and gradient of the given rows.
@@ -205,7 +205,7 @@ def energy_gradient(
 
 
 def _all_finite(tensor: Tensor) -> bool:
-    """Is every entry finite? One that is not makes the sum so, which takes no temporary; False may also be an overflow."""
+    """Is every entry finite? One that is not shows in the sum, which takes no temporary. False may be an overflow."""
     return bool(tensor.detach().sum().isfinite())
 
 

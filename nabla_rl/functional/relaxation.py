@@ -66,8 +66,8 @@ def one_hot(index: Int[Tensor, "*batch"], like: Float[Tensor, "*batch vocab"]) -
 def hard_tokens(token_probs: Float[Tensor, "*batch vocab"]) -> Int[Tensor, "*batch"]:
     """The indices of one-hot vectors; without a search where they are remembered.
 
-    :func:`nabla_rl.functional.energy.energy_gradient` leaves the indices that it is given on the tensor that it hands to the
-    models, as ``token_probs.hard_tokens``. Any other tensor is searched.
+    :func:`nabla_rl.functional.energy.energy_gradient` leaves the indices that it is given on the tensor that it hands
+    to the models, as ``token_probs.hard_tokens``. Any other tensor is searched.
 
     Args:
         token_probs: One-hot vectors.

@@ -53,8 +53,12 @@ class Prefix:
         mask = self.mask[rows]
         skip = int(mask.shape[1] - mask.sum(-1).max()) if len(rows) else 0
         return Prefix(
-            [k[rows][:, :, skip:] for k in self.keys], [v[rows][:, :, skip:] for v in self.values],
-            mask[:, skip:], self.hidden[rows], self.problems[rows.to(self.problems.device)], self.ledger,
+            [k[rows][:, :, skip:] for k in self.keys],
+            [v[rows][:, :, skip:] for v in self.values],
+            mask[:, skip:],
+            self.hidden[rows],
+            self.problems[rows.to(self.problems.device)],
+            self.ledger,
             None if self.earned is None else self.earned[rows],
         )
 
@@ -102,7 +106,9 @@ class Encoded:
         """The rows one by one, without padding; `start` are the completion tokens that each prefix holds already."""
         columns = torch.cat([self.prefix.mask, self.mask], 1)
         tracks = []
-        for row, (length, problem) in enumerate(zip(self.mask.sum(-1).tolist(), self.prefix.problems.tolist(), strict=True)):
+        for row, (length, problem) in enumerate(
+            zip(self.mask.sum(-1).tolist(), self.prefix.problems.tolist(), strict=True)
+        ):
             real = columns[row].nonzero().squeeze(-1)
             keys = [k[row : row + 1, :, real] for k in self.keys]
             values = [v[row : row + 1, :, real] for v in self.values]
@@ -131,7 +137,8 @@ class Encoded:
 
 @dataclass
 class Track:
-    """One encoded sequence that can be cut anywhere: what a decoder keeps of a completion, so that nothing is read twice.
+    """One encoded sequence that can be cut anywhere: what a decoder keeps of a completion, so that nothing is read
+    twice.
 
     Attributes:
         keys, values: (1, heads, prefix + length, head_dim) for each layer, without padding.
@@ -176,8 +183,8 @@ class Track:
 class SoftEmbedding(torch.autograd.Function):
     """Σ_v p_v E_v over a support, where `tokens` may say that p is exactly one-hot: then the forward is a look-up.
 
-    Without a support p may be wider or narrower than the embedding matrix, as models of one family pad it to different sizes:
-    ids that the matrix does not have count as a zero embedding.
+    Without a support p may be wider or narrower than the embedding matrix, as models of one family pad it to
+    different sizes: ids that the matrix does not have count as a zero embedding.
     """
 
     @staticmethod
@@ -188,7 +195,9 @@ class SoftEmbedding(torch.autograd.Function):
             return weight[tokens]
         if support is None:
             return token_probs[..., : len(weight)].to(weight.dtype) @ weight[: ctx.width]
-        return torch.stack([p.to(weight.dtype)[:, None] @ weight[s] for p, s in zip(token_probs, support, strict=True)]).squeeze(2)
+        return torch.stack(
+            [p.to(weight.dtype)[:, None] @ weight[s] for p, s in zip(token_probs, support, strict=True)]
+        ).squeeze(2)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
@@ -248,7 +257,8 @@ class Backbone(nn.Module):
                 raise UserError(f"{self.name}: expected a prompt of at least one token, found an empty one.")
             if len(ids) >= self.context_length:
                 raise UserError(
-                    f"{self.name}: expected a prompt shorter than the model's context of {self.context_length} tokens, "
+                    f"{self.name}: expected a prompt shorter than the model's context of "
+                    f"{self.context_length} tokens, "
                     f"found one of {len(ids)}. Shorten the problem or take a model with a longer context."
                 )
         width = max(len(ids) for ids in prompts)
@@ -286,7 +296,8 @@ class Backbone(nn.Module):
             token_probs: (batch, length, support or vocab).
             mask: (batch, length), True at real tokens; what is longer than it is not fed.
             support: (batch, length, support) token ids of the last axis; None means the whole vocabulary in order.
-            tokens: (batch, length) ids where `token_probs` is known to be exactly one-hot at them: a look-up, not a product.
+            tokens: (batch, length) ids where `token_probs` is known to be exactly one-hot at them: a look-up, not a
+                product.
         """
         width, count = token_probs.shape[-1], mask.sum(-1)
         # cut after the product: the backward then pads embeddings, not probabilities
@@ -320,7 +331,8 @@ class Backbone(nn.Module):
         longest = int((prefix.lengths + mask.sum(-1)).max())
         if longest > self.context_length:
             raise UserError(
-                f"{self.name}: expected prompt and completion to fit the model's context of {self.context_length} tokens, "
+                f"{self.name}: expected prompt and completion to fit the model's context of "
+                f"{self.context_length} tokens, "
                 f"found {longest}. Shorten the problem or lower --model.sampling.max_new_tokens."
             )
         cache = build_cache(prefix)
@@ -359,8 +371,8 @@ class Backbone(nn.Module):
 def build_cache(prefix: Prefix) -> DynamicCache:
     """A cache that starts with a prefix. It concatenates, so the prefix's own tensors stay as they are.
 
-    Every layer keeps all its keys, sliding windows included: the model masks what is out of a window, while a cache that
-    dropped it could not be padded or cut.
+    Every layer keeps all its keys, sliding windows included: the model masks what is out of a window, while a cache
+    that dropped it could not be padded or cut.
     """
     return DynamicCache(list(zip(prefix.keys, prefix.values, strict=True)))
 

@@ -1,9 +1,10 @@
 """Operations of a causal transformer, by formula.
 
-A forward costs 2N a token for the N weights of the blocks' linear layers, plus 4·heads·head_dim·layers for each pair of query and
-key (the scores and the weighted values, without a discount for the causal mask: what `torch.utils.flop_counter` counts too). A
-backward to activations with frozen weights costs the same again for the linear layers and twice the attention term.
-Embedding look-ups are free; a soft embedding (probabilities times embedding matrix) costs 2·support·hidden a token.
+A forward costs 2N a token for the N weights of the blocks' linear layers, plus 4·heads·head_dim·layers for each pair
+of query and key (the scores and the weighted values, without a discount for the causal mask: what
+`torch.utils.flop_counter` counts too). A backward to activations with frozen weights costs the same again for the
+linear layers and twice the attention term. Embedding look-ups are free; a soft embedding (probabilities times
+embedding matrix) costs 2·support·hidden a token.
 """
 
 from __future__ import annotations
@@ -26,9 +27,13 @@ class FlopFormula:
     @classmethod
     def of(cls, model: PreTrainedModel) -> FlopFormula:
         config = model.config
-        tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]  # of tokens, and of positions where learned
+        tables = [
+            m for m in model.modules() if isinstance(m, nn.Embedding)
+        ]  # of tokens, and of positions where learned
         embeddings = {id(p) for m in (*tables, model.get_output_embeddings()) if m is not None for p in m.parameters()}
-        heads = {id(p) for name, p in model.named_parameters() if name.split(".")[0] in ("score", "lm_head", "classifier")}
+        heads = {
+            id(p) for name, p in model.named_parameters() if name.split(".")[0] in ("score", "lm_head", "classifier")
+        }
         block_weights = sum(p.numel() for p in model.parameters() if p.dim() >= 2 and id(p) not in embeddings | heads)
         head_dim = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
         width = config.num_hidden_layers * config.num_attention_heads * head_dim

@@ -1,4 +1,5 @@
-"""The policy: a frozen causal language model that is sampled from, scored, and differentiated with respect to tokens."""
+"""The policy: a frozen causal language model that is sampled from, scored, and differentiated with respect to
+tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +23,6 @@ from nabla_rl.models.backbone import Backbone, Encoded, Prefix, build_cache, cac
 from nabla_rl.models.prompts import encode_prompt
 from nabla_rl.types import UserError
 
-
 COMPACT_BELOW = 0.7
 """A rollout drops its ended rows from the batch when fewer than this share of the rows are still going."""
 
@@ -35,10 +35,11 @@ class Rollout:
         ids: (batch, length), right padded.
         mask: (batch, length), True up to and including the end-of-sequence token.
         logps: (batch, length), the policy's own log-probabilities of the tokens (temperature 1), zero at padding.
-        sampling_logps: (batch, length), log-probabilities under the law the tokens were drawn from (temperature and nucleus
-            applied; zero for greedy), zero at padding.
+        sampling_logps: (batch, length), log-probabilities under the law the tokens were drawn from (temperature and
+            nucleus applied; zero for greedy), zero at padding.
         finished: (batch,), did the completion end by itself, or was it cut at the maximum length?
-        logits: (batch, length, vocab) before temperature, float32 (float64 for a float64 model), where they were asked for.
+        logits: (batch, length, vocab) before temperature, float32 (float64 for a float64 model), where they were
+            asked for.
         encoded: keys, values and hidden states of prefix and completion, where they were asked for.
         entropy: (batch, length), of the policy at temperature 1, zero at padding, where it was asked for.
     """
@@ -56,18 +57,24 @@ class Rollout:
 class SupportLogProbs(torch.autograd.Function):
     """log π on a support, from hidden states, without keeping anything of the vocabulary's width.
 
-    log π(s_j) = h·W_{s_j} - log Σ_v exp(h·W_v), so ∂/∂h of Σ_j c_j log π(s_j) is Σ_j c_j W_{s_j} - (Σ_j c_j) m with the mean
-    output embedding m = Σ_v softmax(hW)_v W_v. The forward computes m a few positions at a time and keeps it: O(length·hidden).
+    log π(s_j) = h·W_{s_j} - log Σ_v exp(h·W_v), so ∂/∂h of Σ_j c_j log π(s_j) is Σ_j c_j W_{s_j} - (Σ_j c_j) m with
+    the mean output embedding m = Σ_v softmax(hW)_v W_v. The forward computes m a few positions at a time and keeps it:
+    O(length·hidden).
     """
 
-    CHUNK = 32
+    CHUNK_CPU, CHUNK = 32, 256  # positions: on a GPU fewer would read the head's weights too often
+
+    @staticmethod
+    def parts(rows: Tensor) -> list[slice]:
+        """A few rows at a time."""
+        size = SupportLogProbs.CHUNK_CPU if rows.device.type == "cpu" else SupportLogProbs.CHUNK
+        return [slice(start, start + size) for start in range(0, len(rows), size)]
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, support: Tensor) -> Tensor:
         flat_hidden, flat_support = hidden.flatten(0, 1), support.flatten(0, 1)
         means, chunks = torch.empty_like(flat_hidden), []
-        for start in range(0, len(flat_hidden), SupportLogProbs.CHUNK):
-            part = slice(start, start + SupportLogProbs.CHUNK)
+        for part in SupportLogProbs.parts(flat_hidden):
             logits = upcast(flat_hidden[part] @ weight.T)
             total = logits.logsumexp(-1, keepdim=True)
             chunks.append(logits.gather(-1, flat_support[part]) - total)
@@ -80,8 +87,7 @@ class SupportLogProbs(torch.autograd.Function):
         (grad,) = grads
         weight, support, means = ctx.saved_tensors
         grad, flat_support, out = grad.flatten(0, 1).to(weight.dtype), support.flatten(0, 1), torch.empty_like(means)
-        for start in range(0, len(grad), SupportLogProbs.CHUNK):
-            part = slice(start, start + SupportLogProbs.CHUNK)
+        for part in SupportLogProbs.parts(grad):
             picked = (grad[part, None] @ weight[flat_support[part]]).squeeze(1)
             out[part] = picked - grad[part].sum(-1, keepdim=True) * means[part]
         return out.view(*support.shape[:2], -1), None, None
@@ -96,7 +102,9 @@ class Policy(nn.Module):
         system_prompt: the system turn of that template; ignored (with an error when set) without a template.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, system_prompt: str | None = None):
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, system_prompt: str | None = None
+    ):
         super().__init__()
         self.backbone = Backbone(model, "policy")
         self.tokenizer, self.system_prompt = tokenizer, system_prompt
@@ -203,12 +211,14 @@ class Policy(nn.Module):
 
         Args:
             prefix: encoded prompts, one row for each completion wanted; not changed.
-            generators: one CPU generator for each row; a row's tokens depend on its own generator alone. None is greedy.
+            generators: one CPU generator for each row; a row's tokens depend on its own generator alone. None is
+                greedy.
             max_new_tokens: tokens at most.
             temperature: divides the logits; 0 is greedy.
             top_p: nucleus sampling after temperature; 1 samples from the whole distribution.
             keep_logits: return the raw logits of every position.
-            keep_encoded: return keys, values and hidden states, so that any position can become a prefix without a pass.
+            keep_encoded: return keys, values and hidden states, so that any position can become a prefix without a
+                pass.
             keep_entropy: return the entropy of every position.
             first_tokens: (batch,), tokens to begin with, instead of a draw (their `sampling_logps` are zero).
             budgets: (batch,), tokens at most of each row, where that is fewer than `max_new_tokens`.
@@ -241,7 +251,9 @@ class Policy(nn.Module):
         while True:
             logits = self.logits(hidden)
             if not torch.isfinite(logits).all():
-                raise UserError("policy: expected finite logits, found NaN or infinity. Check the weights, or use float32.")
+                raise UserError(
+                    "policy: expected finite logits, found NaN or infinity. Check the weights, or use float32."
+                )
             self.backbone.record_head(current, live.long())
             alive = active[live]
             if length == 0 and first_tokens is not None:

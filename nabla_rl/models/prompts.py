@@ -1,4 +1,5 @@
-"""How a problem becomes a prompt: by the tokenizer's chat template where it has one, else the problem and a line break."""
+"""How a problem becomes a prompt: by the tokenizer's chat template where it has one, else the problem and a line
+break."""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ def encode_judged(
 ) -> tuple[list[int], list[int]]:
     """Ids before and after the completion in the conversation that a reward model reads.
 
-    The second list is what its own template writes after an assistant's turn, without a leading end-of-sequence token (a
-    finished completion already ends with it).
+    The second list is what its own template writes after an assistant's turn, without a leading end-of-sequence
+    token (a finished completion already ends with it).
     """
     if tokenizer.chat_template is None:
         return encode_prompt(tokenizer, problem, system_prompt=system_prompt), []

@@ -1,4 +1,5 @@
-"""Training of the embedded tiny models: language models on endless fresh problems, judges on a policy's own mistakes."""
+"""Training of the embedded tiny models: language models on endless fresh problems, judges on a policy's own
+mistakes."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def warmup_stable_decay(step: int, *, warmup: int, total: int, decay: float) -> 
 
 
 class SolutionBatches(IterableDataset):
-    """Endless batches of fresh training solutions. Batch k depends on (seed, k) alone, so a resumed run sees what is left.
+    """Endless batches of fresh training solutions. Batch k depends on (seed, k) alone, so a resumed run sees what is
+    left.
 
     Yields `input_ids` (batch, length), right padded, and `labels`, -100 on the prompt and the padding.
     """

@@ -1,4 +1,5 @@
-"""The model card of a family's tiny models: measured on the test split, by one command, with nothing typed in by hand."""
+"""The model card of a family's tiny models: measured on the test split, by one command, with nothing typed in by
+hand."""
 
 from __future__ import annotations
 
@@ -58,14 +59,18 @@ def write_card(family: Family, folder: Path, *, num_problems: int) -> str:
         "problems": num_problems,
         "command": f"python scripts/train_tiny.py --card {family.name} --card_problems {num_problems}",
         "commit": commit(),
-        "greedy": {name: greedy_accuracy(family, problems, name) for name in ("tiny-policy", "tiny-student", "tiny-strong")},
+        "greedy": {
+            name: greedy_accuracy(family, problems, name) for name in ("tiny-policy", "tiny-student", "tiny-strong")
+        },
         "greedy_hard": {
             name: greedy_accuracy(family, list(islice(generate(family, "hard", 0), num_problems)), name)
             for name in ("tiny-policy", "tiny-strong")
         },
         "sampled_accuracy": samples.correct.float().mean().item(),
         "pass_at": {k: group_mean(samples.correct, samples.correct.double(), k, best_of_all=True) for k in (8, 64)},
-        "auc": {n: binary_auroc(r.flatten(), samples.correct.flatten().long()).item() for n, r in samples.rewards.items()},
+        "auc": {
+            n: binary_auroc(r.flatten(), samples.correct.flatten().long()).item() for n, r in samples.rewards.items()
+        },
         "process_auc": {n: binary_auroc(v, samples.labels.long()).item() for n, v in samples.values.items()},
         "best_of_n": best_of_n(samples),
     }
@@ -76,9 +81,7 @@ def write_card(family: Family, folder: Path, *, num_problems: int) -> str:
 
 
 @torch.no_grad()
-def draw(
-    family: Family, problems: list[Problem], policy: Policy, judges: dict[str, AbstractProcessReward]
-) -> Samples:
+def draw(family: Family, problems: list[Problem], policy: Policy, judges: dict[str, AbstractProcessReward]) -> Samples:
     """Sample `NUM_GENERATIONS` completions of each problem at temperature 1 and have them judged."""
     sampling = Sampling(max_new_tokens=family.max_new_tokens)
     correct, logps, labels = [], [], []
@@ -92,7 +95,8 @@ def draw(
         repeated = torch.arange(len(batch)).repeat_interleave(NUM_GENERATIONS)
         rows = [ids[mask].tolist() for ids, mask in zip(rollout.ids, rollout.mask, strict=True)]
         rights = [
-            [*policy.tokenizer(p.solution, add_special_tokens=False).input_ids, policy.tokenizer.eos_token_id] for p in batch
+            [*policy.tokenizer(p.solution, add_special_tokens=False).input_ids, policy.tokenizer.eos_token_id]
+            for p in batch
         ]
         for row, which in zip(rows, repeated.tolist(), strict=True):
             correct.append(family.grade(policy.decode(row), str(batch[which].answer)))
@@ -115,7 +119,8 @@ def draw(
 
 
 def group_mean(correct: Tensor, score: Tensor, n: int, *, best_of_all: bool = False) -> dict[str, float]:
-    """Accuracy of the highest score among n samples, averaged over disjoint groups, with its standard error over problems.
+    """Accuracy of the highest score among n samples, averaged over disjoint groups, with its standard error over
+    problems.
 
     Args:
         correct: (problems, samples).
@@ -132,7 +137,8 @@ def group_mean(correct: Tensor, score: Tensor, n: int, *, best_of_all: bool = Fa
 
 
 def best_of_n(samples: Samples) -> list[dict]:
-    """Accuracy of best-of-n for n = 1, 2, 4, …, 64, chosen by the energy, by the reward, and by the strong model's likelihood."""
+    """Accuracy of best-of-n for n = 1, 2, 4, …, 64, chosen by the energy, by the reward, and by the strong model's
+    likelihood."""
     energy = -compute_energy(samples.logps, samples.rewards["tiny-reward"], beta=1.0)
     scores = {"energy": energy, "reward": samples.rewards["tiny-reward"], "likelihood": samples.rewards["tiny-strong"]}
     rows = []
@@ -161,7 +167,11 @@ def commit() -> str | None:
     """The commit that the figures were made on, where git is there to say."""
     try:
         return subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+            ["git", "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=Path(__file__).parent,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -172,12 +182,17 @@ def render(figures: dict, folder: Path) -> str:
     lines = [
         f"# Tiny models: {figures['family']}",
         "",
-        "Made by `python scripts/train_tiny.py --config configs/train_tiny/" + figures["family"] + "/<model>.yaml`; weights in float16, "
-        "run in float32. tiny-policy is an early checkpoint of the run that made tiny-strong, on purpose, so that it errs. tiny-reward is "
-        "tiny-strong with two fresh layers, trained to say at every token whether the solution is right so far; tiny-gold is a second "
+        "Made by `python scripts/train_tiny.py --config configs/train_tiny/"
+        + figures["family"]
+        + "/<model>.yaml`; weights in float16, "
+        "run in float32. tiny-policy is an early checkpoint of the run that made tiny-strong, on purpose, so "
+        "that it errs. tiny-reward is "
+        "tiny-strong with two fresh layers, trained to say at every token whether the solution is right so "
+        "far; tiny-gold is a second "
         "judge from another language model of another seed, which no decoder sees.",
         "",
-        f"Figures on {figures['problems']} test problems, made by `{figures['command']}` on commit {figures['commit']}.",
+        f"Figures on {figures['problems']} test problems, made by `{figures['command']}` on commit "
+        f"{figures['commit']}.",
         "",
         "| language model | greedy accuracy [95%] | on the hard split |",
         "|---|---|---|",
@@ -199,13 +214,16 @@ def render(figures: dict, folder: Path) -> str:
         "",
         "(tiny-strong judges by log-likelihood: `rewards/likelihood.py`.)",
         "",
-        "Best-of-n, by what it is chosen by (mean over disjoint groups of 64 samples ± standard error over problems, β = 1):",
+        "Best-of-n, by what it is chosen by (mean over disjoint groups of 64 samples ± standard error over "
+        "problems, β = 1):",
         "",
         "| n | energy r/β + log π | reward | likelihood under tiny-strong | pass@n |",
         "|---|---|---|---|---|",
     ]
     for row in figures["best_of_n"]:
-        cells = " | ".join(f"{row[k]['mean']:.3f} ± {row[k]['error']:.3f}" for k in ("energy", "reward", "likelihood", "pass"))
+        cells = " | ".join(
+            f"{row[k]['mean']:.3f} ± {row[k]['error']:.3f}" for k in ("energy", "reward", "likelihood", "pass")
+        )
         lines.append(f"| {row['n']} | {cells} |")
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return "\n".join([*lines, "", f"Size of this folder: {size / 2**20:.1f} MiB.", ""])

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import IterableDataset
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from nabla_rl.data.problems import Problem
 from nabla_rl.data.tiny import Family, generate
@@ -32,13 +32,16 @@ def judge_from_language_model(model: LlamaForCausalLM, extra_layers: int) -> Lla
     config.num_labels = 1
     config.tie_word_embeddings = False
     judge = LlamaForSequenceClassification(config)
-    weights = {name.removeprefix("model."): value for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    weights = {
+        name.removeprefix("model."): value for name, value in model.state_dict().items() if name != "lm_head.weight"
+    }
     judge.model.load_state_dict(weights, strict=False)
     return judge
 
 
 def process_labels(tokens: Sequence[int], right: Sequence[int]) -> list[int]:
-    """For each token of a completion: 1 while it agrees with the right solution from its start, 0 from the first error on."""
+    """For each token of a completion: 1 while it agrees with the right solution from its start, 0 from the first
+    error on."""
     labels, good = [], True
     for index, token in enumerate(tokens):
         good = good and index < len(right) and token == right[index]
@@ -84,11 +87,13 @@ JudgedRow = tuple[list[int], list[int], list[int]]
 class JudgedBatches(IterableDataset):
     """Endless batches of labelled completions of fresh training problems; chunk k depends on (seed, k) alone.
 
-    A quarter of a batch are right solutions, a quarter corrupted ones, half are samples of the policy at temperature 1.
+    A quarter of a batch are right solutions, a quarter corrupted ones, half are samples of the policy at temperature
+    1.
 
     The first `agreement_steps` batches are something simpler: see `agreement`.
 
-    Yields `input_ids` (batch, length), `labels` (batch, length): 0 or 1 on completion tokens, -100 elsewhere, and `weights`.
+    Yields `input_ids` (batch, length), `labels` (batch, length): 0 or 1 on completion tokens, -100 elsewhere, and
+    `weights`.
     """
 
     CHUNK = 32
@@ -121,7 +126,8 @@ class JudgedBatches(IterableDataset):
 
     @torch.no_grad()
     def agreement(self, step: int) -> dict[str, Tensor]:
-        """Solutions with many tokens replaced; the label says whether a token is what the base model would have written.
+        """Solutions with many tokens replaced; the label says whether a token is what the base model would have
+        written.
 
         This asks for nothing but the comparison that judging rests on, with a signal at every token.
         """
@@ -170,7 +176,9 @@ class JudgedBatches(IterableDataset):
         return {"input_ids": ids, "labels": labels, "weights": token_weights(labels)}
 
 
-def sample_completions(policy: Policy, problems: Sequence[Problem], key: tuple, max_new_tokens: int) -> list[list[int]]:
+def sample_completions(
+    policy: Policy, problems: Sequence[Problem], key: tuple, max_new_tokens: int
+) -> list[list[int]]:
     """One completion (ids, with the end token) of each problem, sampled at temperature 1."""
     accounts = torch.zeros(len(problems), dtype=torch.int64)
     prefix = policy.prefill([policy.encode_prompt(p.problem) for p in problems], accounts, Ledger(1))

@@ -165,12 +165,16 @@ def main(arguments: list[str]) -> int:
     """Train one model, or evaluate a family's models and write their card."""
     parser = ArgumentParser(
         prog="train_tiny.py",
-        description="Make one of the embedded tiny models, or (--card) measure a family's models and write their card.",
+        description=(
+            "Make one of the embedded tiny models, or (--card) measure a family's models and write their card."
+        ),
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="a YAML of configs/train_tiny")
     parser.add_class_arguments(TrainTinyOptions, "model")
-    parser.add_argument("--run_dir", type=str, default=None, help="checkpoints (default: runs/train_tiny/<family>/<name>)")
+    parser.add_argument(
+        "--run_dir", type=str, default=None, help="checkpoints (default: runs/train_tiny/<family>/<name>)"
+    )
     parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu or auto")
     parser.add_argument("--card", type=str, default=None, help="words or sorting: measure and write the card instead")
     parser.add_argument("--card_problems", type=int, default=400, help="test problems that the card is measured on")
@@ -198,5 +202,3 @@ def _value_of(arguments: list[str], name: str) -> str | None:
         if argument.startswith(f"{name}="):
             return argument.partition("=")[2]
     return None
-
-

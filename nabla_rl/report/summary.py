@@ -55,7 +55,7 @@ def acceleration_shares(results: Sequence[dict]) -> dict[str, float] | None:
     """What share of ∇-Reasoner's work each acceleration saved, over all problems.
 
     Returns:
-        `positions_skipped`: positions that the selector did not pick. `tokens_unchanged`: picked positions whose token
+        `positions_skipped`: positions passed without being picked. `tokens_unchanged`: picked positions whose token
         stayed, so that nothing was rolled out. `gradients_cached`: DTO steps that needed no model. None without ∇
         results.
     """
@@ -64,12 +64,12 @@ def acceleration_shares(results: Sequence[dict]) -> dict[str, float] | None:
         if row["decoder"] == "nabla":
             for name, value in row["counts"].items():
                 counts[name] = counts.get(name, 0) + value
-    if not counts.get("positions"):
+    steps, visited, skipped = (counts.get(name, 0) for name in ("dto_steps", "visited", "skipped"))
+    if not visited + skipped:
         return None
-    steps, visited = counts.get("dto_steps", 0), counts.get("visited", 0)
     evaluations = counts.get("dto_evaluations", 0) + counts.get("probes", 0)
     return {
-        "positions_skipped": 1 - visited / counts["positions"],
+        "positions_skipped": skipped / (visited + skipped),
         "tokens_unchanged": counts.get("unchanged", 0) / visited if visited else 0.0,
         "gradients_cached": 1 - evaluations / steps if steps else 0.0,
     }

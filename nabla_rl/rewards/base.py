@@ -30,7 +30,8 @@ class Scored:
 class AbstractReward(nn.Module, ABC):
     """A frozen scorer r(x, y), differentiable in relaxed completion tokens that share the policy's vocabulary.
 
-    On a prefix that holds completion tokens already (cut out of `Scored.encoded`) it gives the reward of the whole completion.
+    On a prefix that holds completion tokens already (cut out of `Scored.encoded`) it gives the reward of the whole
+    completion.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -49,7 +50,8 @@ class AbstractReward(nn.Module, ABC):
         support: Tensor | None = None,
         tokens: Tensor | None = None,
     ) -> Tensor:
-        """r(x, y) of relaxed completions, (batch,) float32, with gradients to `token_probs` (batch, length, support)."""
+        """r(x, y) of relaxed completions, (batch,) float32, with gradients to `token_probs` (batch, length,
+        support)."""
 
     @abstractmethod
     def score(self, prefix: Prefix, ids: Tensor, mask: Tensor) -> Scored:
@@ -71,7 +73,8 @@ def check_shared_vocabulary(policy: PreTrainedTokenizerBase, reward: PreTrainedT
     differing += sum(token not in ours for token in theirs)
     if differing:
         raise UserError(
-            f"model.reward: expected the policy's vocabulary of {len(ours)} tokens, found one of {len(theirs)} in which "
+            f"model.reward: expected the policy's vocabulary of {len(ours)} tokens, found one of "
+            f"{len(theirs)} in which "
             f"{differing} tokens differ. Take a reward model of the policy's family."
         )
 

@@ -10,7 +10,7 @@ from nabla_rl.functional.logps import upcast
 from nabla_rl.ledger import Ledger
 from nabla_rl.models.backbone import Backbone, Encoded, Prefix
 from nabla_rl.models.prompts import encode_judged
-from nabla_rl.rewards.base import AbstractProcessReward, Scored, last_valid
+from nabla_rl.rewards.base import AbstractProcessReward, Scored
 from nabla_rl.types import UserError
 
 
@@ -25,7 +25,9 @@ class SequenceClassifierReward(AbstractProcessReward):
         system_prompt: the system turn of that template.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, system_prompt: str | None = None):
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, system_prompt: str | None = None
+    ):
         super().__init__()
         if model.config.num_labels != 1 or "score" not in dict(model.named_children()):
             raise UserError(
@@ -80,5 +82,7 @@ class SequenceClassifierReward(AbstractProcessReward):
     def _head(self, hidden: Tensor) -> Tensor:
         value = upcast(self.backbone.model.get_submodule("score")(hidden)).squeeze(-1)
         if not torch.isfinite(value).all():
-            raise UserError("reward: expected finite scores, found NaN or infinity. Check the weights, or use float32.")
+            raise UserError(
+                "reward: expected finite scores, found NaN or infinity. Check the weights, or use float32."
+            )
         return value

@@ -229,7 +229,7 @@ def test_model_calls_are_what_the_trace_implies(support: int | None):
 def test_a_selector_that_picks_nothing_leaves_the_sample():
     """No position above the entropy threshold: no probe, no gradient, the first rollout is the answer."""
     results, ledger = decode(replace(NABLA, min_entropy=10.0), toys.problems(3))
-    assert all(len(r.rollouts) == 1 and r.counts == {"positions": len(r.ids)} for r in results)
+    assert all(len(r.rollouts) == 1 and r.counts == {"skipped": len(r.ids)} for r in results)
     assert ledger.cost(0, phase="probe").flops == ledger.cost(0, direction="backward").flops == 0
     results, ledger = decode(replace(NABLA, min_gradient_norm=1e6, sweeps=3), toys.problems(3))
     assert all(len(r.rollouts) == 1 for r in results)

@@ -87,7 +87,7 @@ def test_a_decoder_without_lines_has_a_row_of_nothing():
 
 
 def test_acceleration_shares():
-    counts = {"positions": 40, "visited": 10, "unchanged": 4, "dto_steps": 100, "dto_evaluations": 9, "probes": 1}
+    counts = {"skipped": 30, "visited": 10, "unchanged": 4, "dto_steps": 100, "dto_evaluations": 9, "probes": 1}
     lines = [line("a", "nabla", counts=counts), line("b", "nabla", counts=counts), line("a", counts=counts)]
     shares = acceleration_shares(lines)
     assert shares == {
@@ -99,5 +99,5 @@ def test_acceleration_shares():
 
 def test_acceleration_shares_without_nabla_and_without_visits():
     assert acceleration_shares([line("a")]) is None
-    shares = acceleration_shares([line("a", "nabla", counts={"positions": 5})])
+    shares = acceleration_shares([line("a", "nabla", counts={"skipped": 5})])
     assert shares == {"positions_skipped": 1.0, "tokens_unchanged": 0.0, "gradients_cached": 0.0}
