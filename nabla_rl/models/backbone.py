@@ -239,7 +239,9 @@ class Backbone(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The input embedding matrix, (vocab, hidden)."""
-        return self.model.get_input_embeddings().weight
+        weight = self.model.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     @property
     def device(self) -> torch.device:

@@ -60,4 +60,4 @@ class FlopFormula:
 
 def _head_width(model: PreTrainedModel) -> int:
     head = model.get_output_embeddings()
-    return head.weight.shape[0] if head is not None else model.config.num_labels
+    return int(head.weight.shape[0] if head is not None else model.config.num_labels or 1)

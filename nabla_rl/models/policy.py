@@ -20,7 +20,7 @@ from nabla_rl.functional.logps import (
 )
 from nabla_rl.ledger import Ledger, Stopwatch
 from nabla_rl.models.backbone import Backbone, Encoded, Prefix, build_cache, cache_tensors
-from nabla_rl.models.prompts import encode_prompt
+from nabla_rl.models.prompts import encode_prompt, special_id
 from nabla_rl.types import UserError
 
 COMPACT_BELOW = 0.7
@@ -108,15 +108,16 @@ class Policy(nn.Module):
         super().__init__()
         self.backbone = Backbone(model, "policy")
         self.tokenizer, self.system_prompt = tokenizer, system_prompt
-        eos = {tokenizer.eos_token_id}
+        eos = {special_id(tokenizer, "eos")}
         for config in (model.config, model.generation_config):
-            ids = getattr(config, "eos_token_id", None)
+            ids = None if config is None else config.eos_token_id
             eos |= set(ids if isinstance(ids, list) else [ids])
-        eos -= {None}
-        if not eos:
+        ends = sorted(token for token in eos if token is not None)
+        if not ends:
             raise UserError("policy: expected an end-of-sequence token, found none. Set `eos_token` on the tokenizer.")
-        self.register_buffer("eos_ids", torch.tensor(sorted(eos), device=self.backbone.device), persistent=False)
-        self.pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+        self.register_buffer("eos_ids", torch.tensor(ends, device=self.backbone.device), persistent=False)
+        pad = special_id(tokenizer, "pad")
+        self.pad_id = ends[0] if pad is None else pad
 
     @property
     def device(self) -> torch.device:
@@ -129,7 +130,9 @@ class Policy(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """The output embedding matrix, (vocab, hidden)."""
-        return self.backbone.model.get_output_embeddings().weight
+        head = self.backbone.model.get_output_embeddings()
+        assert head is not None
+        return head.weight
 
     def encode_prompt(self, problem: str) -> list[int]:
         """The ids that ask `problem` of this model."""
@@ -137,7 +140,7 @@ class Policy(nn.Module):
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of completion ids, without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def prefill(self, prompts: Sequence[Sequence[int]], problems: Tensor, ledger: Ledger) -> Prefix:
         """Encode prompts once (see `Backbone.prefill`)."""
@@ -145,7 +148,9 @@ class Policy(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits, (..., vocab), in float32 (float64 for a float64 model)."""
-        return upcast(self.backbone.model.get_output_embeddings()(hidden))
+        head = self.backbone.model.get_output_embeddings()
+        assert head is not None
+        return upcast(head(hidden))
 
     def next_logits(self, prefix: Prefix) -> Tensor:
         """Logits of the token that follows each prefix, (batch, vocab). No transformer pass."""
@@ -277,7 +282,7 @@ class Policy(nn.Module):
             if store is not None:
                 store.hidden[active, length] = hidden
             length += 1
-            ended = torch.isin(tokens, self.eos_ids) & live
+            ended = torch.isin(tokens, self.get_buffer("eos_ids")) & live
             finished[active[ended]] = True
             live = live & ~ended
             if budgets is not None:

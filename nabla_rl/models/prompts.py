@@ -20,7 +20,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, problem: str, *, system_pr
     if tokenizer.chat_template is None:
         return list(tokenizer(f"{problem}\n").input_ids)
     text = tokenizer.apply_chat_template(_turns(problem, system_prompt), tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+    return list(tokenizer(str(text), add_special_tokens=False).input_ids)
 
 
 def encode_judged(
@@ -41,6 +41,12 @@ def encode_judged(
     if tail[:1] == [tokenizer.eos_token_id]:
         tail = tail[1:]
     return list(tokenizer(before, add_special_tokens=False).input_ids), tail
+
+
+def special_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int | None:
+    """The id of a special token ("pad", "bos", "eos") of a tokenizer; None where it has none."""
+    value = getattr(tokenizer, f"{name}_token_id")
+    return value if isinstance(value, int) else None
 
 
 def check_problem(tokenizer: PreTrainedTokenizerBase, problem: str, system_prompt: str | None) -> None:

@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from nabla_rl.data.tiny import Family, generate
+from nabla_rl.models.prompts import special_id
 
 
 def warmup_stable_decay(step: int, *, warmup: int, total: int, decay: float) -> float:
@@ -42,7 +43,7 @@ class SolutionBatches(IterableDataset):
             step += 1
 
     def encode(self, problems) -> dict[str, Tensor]:
-        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        eos, pad = special_id(self.tokenizer, "eos"), special_id(self.tokenizer, "pad") or 0
         prompts = self.tokenizer([f"{p.problem}\n" for p in problems]).input_ids
         solutions = self.tokenizer([p.solution for p in problems], add_special_tokens=False).input_ids
         rows = [(prompt, [*solution, eos]) for prompt, solution in zip(prompts, solutions, strict=True)]

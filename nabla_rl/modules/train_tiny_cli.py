@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from nabla_rl.data.tiny import FAMILIES, build_tokenizer
 from nabla_rl.models.loading import ASSETS, PolicyOptions, load_policy
+from nabla_rl.models.prompts import special_id
 from nabla_rl.modules.tiny import TinyPretraining
 from nabla_rl.modules.tiny_card import write_card
 from nabla_rl.modules.tiny_judge import TinyJudge, judge_from_language_model
@@ -132,9 +133,9 @@ def _language_model(options: TrainTinyOptions) -> TinyPretraining:
         num_key_value_heads=shape.num_heads,
         max_position_embeddings=256,
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=special_id(tokenizer, "pad"),
+        bos_token_id=special_id(tokenizer, "bos"),
+        eos_token_id=special_id(tokenizer, "eos"),
     )
     return TinyPretraining(LlamaForCausalLM(config), tokenizer, family, **_schedule(options))
 
@@ -189,7 +190,7 @@ def main(arguments: list[str]) -> int:
         print(write_card(FAMILIES[card], ASSETS / card, num_problems=problems))  # noqa: T201
         return 0
     config = parser.parse_args(arguments)
-    options = parser.instantiate_classes(config).model
+    options = parser.instantiate_classes(config)["model"]
     output = train(options, run_dir=config.run_dir, accelerator=config.accelerator)
     print(f"saved to {output}")  # noqa: T201
     return 0
