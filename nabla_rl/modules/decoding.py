@@ -52,19 +52,31 @@ class SelfConsistencyOptions:
     """Completions drawn."""
 
 
+ONE_STEP = DTOConfig(
+    num_steps=1,
+    step_size=0.3,
+    final_step_size=0.03,
+    schedule="constant",
+    optimizer="sgd",
+    weight_decay=0.0,
+    caching=True,
+)
+"""What configs/decode/default.yaml says and why; the published settings are DTOConfig's own defaults."""
+
+
 @dataclass(frozen=True)
 class NablaOptions:
     """∇-Reasoner."""
 
-    dto: DTOConfig = field(default_factory=DTOConfig)
+    dto: DTOConfig = field(default_factory=lambda: ONE_STEP)
     """The optimisation of logits. Its beta is model.beta."""
     acceptance: Acceptance = "energy"
     """A proposal must lower the energy, raise the reward (as published), or pass a Metropolis test."""
     max_rollouts: int = 8
     """Rollouts at most for each problem, the first one included (N_max)."""
-    sweeps: int = 1
+    sweeps: int = 8
     """Passes over the completion at most (published: 1), while rollouts are left."""
-    min_entropy: float = 0.25
+    min_entropy: float = 0.05
     """Positions with less entropy (nats) keep their token."""
     min_gradient_norm: float = 0.0
     """Positions with a smaller ‖∂L/∂y_i‖ keep their token; 0 switches the test off."""

@@ -39,6 +39,7 @@ class Samples:
     """Completions of the policy on test problems and what every judge says of them; rows are problem-major."""
 
     correct: Tensor  # (problems, n)
+    steps_right: Tensor  # (problems, n): right in every token, not only in the answer
     logps: Tensor  # (problems, n)
     labels: Tensor  # (tokens,): is the prefix right so far?
     rewards: dict[str, Tensor]  # (problems, n)
@@ -71,6 +72,12 @@ def write_card(family: Family, folder: Path, *, num_problems: int) -> str:
         "auc": {
             n: binary_auroc(r.flatten(), samples.correct.flatten().long()).item() for n, r in samples.rewards.items()
         },
+        "auc_steps": {
+            n: binary_auroc(r.flatten(), samples.steps_right.flatten().long()).item()
+            for n, r in samples.rewards.items()
+        },
+        "answer_right_steps_wrong": (samples.correct & ~samples.steps_right).sum().item()
+        / samples.correct.sum().item(),
         "process_auc": {n: binary_auroc(v, samples.labels.long()).item() for n, v in samples.values.items()},
         "best_of_n": best_of_n(samples),
     }
@@ -84,7 +91,7 @@ def write_card(family: Family, folder: Path, *, num_problems: int) -> str:
 def draw(family: Family, problems: list[Problem], policy: Policy, judges: dict[str, AbstractProcessReward]) -> Samples:
     """Sample `NUM_GENERATIONS` completions of each problem at temperature 1 and have them judged."""
     sampling = Sampling(max_new_tokens=family.max_new_tokens)
-    correct, logps, labels = [], [], []
+    correct, steps_right, logps, labels = [], [], [], []
     rewards: dict[str, list[Tensor]] = {name: [] for name in judges}
     values: dict[str, list[Tensor]] = {name: [] for name in judges}
     for start in track(range(0, len(problems), BATCH), description="sampling and judging"):
@@ -100,6 +107,7 @@ def draw(family: Family, problems: list[Problem], policy: Policy, judges: dict[s
         ]
         for row, which in zip(rows, repeated.tolist(), strict=True):
             correct.append(family.grade(policy.decode(row), str(batch[which].answer)))
+            steps_right.append(row == rights[which])
             labels.extend(process_labels(row, rights[which]))
         logps.append(rollout.logps.double().sum(-1))
         last = rollout.mask.sum(-1) - 1
@@ -111,6 +119,7 @@ def draw(family: Family, problems: list[Problem], policy: Policy, judges: dict[s
     shape = (len(problems), NUM_GENERATIONS)
     return Samples(
         torch.tensor(correct).view(shape),
+        torch.tensor(steps_right).view(shape),
         torch.cat(logps).view(shape),
         torch.tensor(labels).bool(),
         {name: torch.cat(parts).double().view(shape) for name, parts in rewards.items()},
@@ -208,9 +217,16 @@ def render(figures: dict, folder: Path) -> str:
         + ", ".join(f"pass@{k} {v['mean']:.3f} ± {v['error']:.3f}" for k, v in figures["pass_at"].items())
         + ".",
         "",
-        "| judge | AUC on tiny-policy's samples | AUC of the process values over prefixes |",
-        "|---|---|---|",
-        *(f"| {name} | {auc:.4f} | {figures['process_auc'][name]:.4f} |" for name, auc in figures["auc"].items()),
+        f"{figures['answer_right_steps_wrong']:.1%} of its right answers come out of wrong steps that "
+        f"happened to recover.",
+        "",
+        "| judge | AUC on its samples: is the answer right? | is every step right? | AUC of the process "
+        "values over prefixes |",
+        "|---|---|---|---|",
+        *(
+            f"| {name} | {auc:.4f} | {figures['auc_steps'][name]:.4f} | {figures['process_auc'][name]:.4f} |"
+            for name, auc in figures["auc"].items()
+        ),
         "",
         "(tiny-strong judges by log-likelihood: `rewards/likelihood.py`.)",
         "",
