@@ -38,23 +38,32 @@ class Objective:
     hard: bool
 
     def log_probs(self, token_probs: Tensor, rows: Tensor) -> Tensor:
-        """log π(· | x, y_<i) on the support, (active, length, k): a `LogProbsFn`."""
-        return self.policy.completion_log_probs(
-            self.policy_prefix.select(rows), token_probs, self.mask[rows], **self._tokens(token_probs, rows)
-        )
+        """log π(· | x, y_<i) on the support, (active, length, k), zero beyond the longest row: a `LogProbsFn`."""
+        mask, probs, others = self._cut(token_probs, rows)
+        log_probs = self.policy.completion_log_probs(_take(self.policy_prefix, rows), probs, mask, **others)
+        missing = token_probs.shape[1] - mask.shape[1]
+        return torch.nn.functional.pad(log_probs, (0, 0, 0, missing)) if missing else log_probs
 
     def rewards(self, token_probs: Tensor, rows: Tensor) -> Tensor:
         """r(x, y), (active,): a `RewardFn`."""
-        return self.reward(
-            self.reward_prefix.select(rows), token_probs, self.mask[rows], **self._tokens(token_probs, rows)
-        )
+        mask, probs, others = self._cut(token_probs, rows)
+        return self.reward(_take(self.reward_prefix, rows), probs, mask, **others)
 
-    def _tokens(self, token_probs: Tensor, rows: Tensor) -> dict[str, Tensor | None]:
-        support = None if self.support is None else self.support[rows]
-        if not self.hard:
-            return {"support": support, "tokens": None}
-        index = hard_tokens(token_probs)
-        return {"support": support, "tokens": index if support is None else _lookup(support, index)}
+    def _cut(self, token_probs: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+        """Mask, probabilities, support and tokens of some rows, without positions that are padding in all of them."""
+        mask = self.mask[rows]
+        width = max(1, int(mask.sum(-1).max()))
+        support = None if self.support is None else self.support[rows, :width]
+        tokens = hard_tokens(token_probs)[:, :width] if self.hard else None
+        if tokens is not None and support is not None:
+            tokens = _lookup(support, tokens)
+        probs = token_probs if width == mask.shape[1] else token_probs[:, :width]
+        return mask[:, :width], probs, {"support": support, "tokens": tokens}
+
+
+def _take(prefix: Prefix, rows: Tensor) -> Prefix:
+    """Some rows (different ones, in order) of a prefix; all of them without a copy."""
+    return prefix if len(rows) == len(prefix) else prefix.select(rows)
 
 
 def _lookup(support: Tensor, index: Tensor) -> Tensor:
