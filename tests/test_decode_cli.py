@@ -395,19 +395,19 @@ def test_kill_9_and_again(models, tmp_path):
 
 
 def test_ctrl_c_ends_with_130_and_one_line(models, tmp_path):
-    process = start(options(models, tmp_path / "run", data__limit=200))
+    process = start(options(models, tmp_path / "run", data__limit=2000))
     wait_for_lines(process, tmp_path / "run", 8)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err == "error: interrupted. What is finished is kept; the same command goes on from there.\n"
-    assert "finished of 200 problems" in out
+    assert "finished of 2000 problems" in out
     assert read_summary(tmp_path / "run")["problems"] >= 2
 
 
 @pytest.mark.slow
 def test_sigterm_ends_a_run_too(models, tmp_path):
-    process = start(options(models, tmp_path / "run", data__limit=200))
+    process = start(options(models, tmp_path / "run", data__limit=2000))
     wait_for_lines(process, tmp_path / "run", 8)
     process.terminate()
     out, err = process.communicate(timeout=60)

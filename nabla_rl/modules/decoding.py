@@ -59,7 +59,6 @@ ONE_STEP = DTOConfig(
     schedule="constant",
     optimizer="sgd",
     weight_decay=0.0,
-    caching=True,
 )
 """What configs/decode/default.yaml says and why; the published settings are DTOConfig's own defaults."""
 
