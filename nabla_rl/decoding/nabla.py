@@ -94,7 +94,7 @@ class _Search:
 
 @dataclass(frozen=True)
 class Nabla(AbstractDecoder):
-    """∇-Reasoner. The fields' defaults are ours; `configs/decode/published.yaml` has the paper's."""
+    """∇-Reasoner. Defaults are one published sweep, accepted by energy; see configs/decode/ for what runs."""
 
     dto: DTOConfig = field(default_factory=DTOConfig)
     beta: float = 1.0

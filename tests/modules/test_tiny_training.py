@@ -1,0 +1,132 @@
+"""Training of the tiny models: what a batch is, and that a run goes on where it stopped."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nabla_rl.data.tiny import SORTING, build_tokenizer
+from nabla_rl.models.policy import Policy
+from nabla_rl.modules.tiny import SolutionBatches, TinyPretraining, warmup_stable_decay
+from nabla_rl.modules.tiny_judge import (
+    AFTER_ERROR,
+    FIRST_ERROR,
+    JudgedBatches,
+    TinyJudge,
+    judge_from_language_model,
+    process_labels,
+    token_weights,
+)
+
+
+def language_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(SORTING)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            initializer_range=0.2,
+        )  # fmt: skip
+    )
+
+
+def judge(max_steps: int) -> TinyJudge:
+    model, tokenizer = language_model(), build_tokenizer(SORTING)
+    torch.manual_seed(1)
+    fresh = judge_from_language_model(model, 1)
+    return TinyJudge(
+        fresh, model, Policy(model, tokenizer), SORTING, batch_size=4, max_steps=max_steps, agreement_steps=2
+    )
+
+
+def pretraining(max_steps: int) -> TinyPretraining:
+    return TinyPretraining(language_model(), build_tokenizer(SORTING), SORTING, batch_size=4, max_steps=max_steps)
+
+
+def test_solution_batch_k_depends_on_the_seed_and_k_alone():
+    def batches(start: int) -> SolutionBatches:
+        return SolutionBatches(SORTING, build_tokenizer(SORTING), batch_size=3, seed=5, start=start)
+
+    whole, rest = list(islice(batches(0), 4)), list(islice(batches(2), 2))
+    for name in ("input_ids", "labels"):
+        assert all(torch.equal(a[name], b[name]) for a, b in zip(whole[2:], rest, strict=True))
+    assert not torch.equal(whole[0]["input_ids"], whole[1]["input_ids"])
+
+
+def test_judged_batch_k_depends_on_the_seed_and_k_alone():
+    model = language_model()
+
+    def batches(start: int) -> JudgedBatches:
+        policy = Policy(model, build_tokenizer(SORTING))
+        return JudgedBatches(SORTING, policy, model, batch_size=4, seed=5, start=start, agreement_steps=1)
+
+    whole, rest = list(islice(batches(0), 5)), list(islice(batches(3), 2))
+    for name in ("input_ids", "labels", "weights"):
+        assert all(torch.equal(a[name], b[name]) for a, b in zip(whole[3:], rest, strict=True))
+
+
+def test_agreement_labels_say_what_the_language_model_would_have_written():
+    model = language_model()
+    batches = JudgedBatches(
+        SORTING, Policy(model, build_tokenizer(SORTING)), model, batch_size=4, seed=0, start=0, agreement_steps=1
+    )
+    batch = next(iter(batches))
+    expected = model(input_ids=batch["input_ids"]).logits.argmax(-1)[:, :-1] == batch["input_ids"][:, 1:]
+    judged = batch["labels"][:, 1:] >= 0
+    assert judged.any() and torch.equal(batch["labels"][:, 1:][judged].bool(), expected[judged])
+
+
+def test_labels_fall_at_the_first_error_and_weights_mark_it():
+    assert process_labels([5, 6, 9, 8], [5, 6, 7, 8]) == [1, 1, 0, 0]
+    assert process_labels([5, 6, 7], [5, 6]) == [1, 1, 0]
+    weights = token_weights(torch.tensor([[-100, 1, 1, 0, 0, 0]]))
+    assert torch.equal(weights, torch.tensor([[1.0, 1.0, 1.0, FIRST_ERROR, AFTER_ERROR, AFTER_ERROR]]))
+
+
+def test_schedule_warms_up_holds_and_falls_to_zero():
+    factors = [warmup_stable_decay(step, warmup=2, total=8, decay=0.5) for step in range(9)]
+    assert factors == [0.5, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+
+
+def test_fresh_layers_alone_move_while_they_learn_to_compare():
+    module = judge(2)
+    before = {name: value.clone() for name, value in module.model.state_dict().items()}
+    trainer(2).fit(module)
+    changed = {name for name, value in module.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and not any(name.startswith(("model.embed_tokens", "model.layers.0.")) for name in changed)
+
+
+def trainer(max_steps: int, folder=None) -> L.Trainer:
+    callbacks = [ModelCheckpoint(folder, every_n_train_steps=1, save_last=True)] if folder else []
+    return L.Trainer(
+        max_steps=max_steps, max_epochs=-1, accelerator="cpu", logger=False, gradient_clip_val=1.0,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=bool(folder), callbacks=callbacks,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("build", [pretraining, judge], ids=["language_model", "judge"])
+def test_stopped_and_continued_gives_the_weights_of_an_unbroken_run(build, tmp_path):
+    """To the bit, with the stop inside a chunk and, for the judge, on either side of the two tasks' border."""
+    whole = build(5)
+    trainer(5).fit(whole)
+    trainer(1, tmp_path).fit(build(5))
+    trainer(3, tmp_path).fit(build(5), ckpt_path=str(tmp_path / "last.ckpt"))
+    resumed = build(5)
+    trainer(5).fit(resumed, ckpt_path=str(tmp_path / "last.ckpt"))
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
