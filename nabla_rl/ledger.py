@@ -100,6 +100,21 @@ class Ledger:
         """Count gradient steps that a cached gradient served, one for each entry of `problems`."""
         self.cached += torch.bincount(problems.cpu(), minlength=self.num_problems)
 
+    def absorb(self, parts: Ledger, owners: Tensor) -> None:
+        """Book the accounts of sequences that ran side by side, from their start on, on the problems that own them.
+
+        Args:
+            parts: a ledger with an account for each sequence.
+            owners: the problem of each sequence.
+        """
+        for key, account in parts.rows.items():
+            total = torch.zeros(self.num_problems, len(COLUMNS), dtype=torch.float64).index_add_(0, owners, account)
+            # sequences of one problem waited together
+            total[:, 1] = torch.zeros(self.num_problems, dtype=torch.float64).scatter_reduce(
+                0, owners, account[:, 1], "amax"
+            )
+            self.rows[key] = self.rows[key] + total if key in self.rows else total
+
     def cost(
         self, problem: int, *, model: str | None = None, phase: str | None = None, direction: str | None = None
     ) -> Cost:

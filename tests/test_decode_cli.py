@@ -33,8 +33,10 @@ SUMMARY_ROW = (
     "seconds acceptance_rate"
 ).split()
 EDIT = (
-    "position old_token new_token reward_before reward_after energy_before energy_after accepted gradient_norm entropy"
+    "position old_token new_token reward_before reward_after energy_before energy_after accepted gradient_norm "
+    "entropy score"
 ).split()
+NEW = ("edit_search", "nabla")
 IDS = [f"sorting-test-0-{number}" for number in range(4)]
 
 
@@ -131,6 +133,21 @@ def test_nabla_leaves_a_trace_of_edits(whole):
         assert len(row["trace"]) == row["proposals"] == len(row["rollouts"]) - 1
         assert sum(edit["accepted"] for edit in row["trace"]) == row["accepted"]
     assert all(row["trace"] == [] for row in read_results(whole) if row["decoder"] != "nabla")
+
+
+def test_the_edit_loop_and_its_twin_run_side_by_side(models, tmp_path):
+    """What runs by default: edits by the value of prefixes, beside the same loop without it."""
+    changes = {"model__nabla__loop": "edits", "model__nabla__edits__min_drop": 0.0, "model__nabla__edits__width": 2}
+    changes |= {"model__decoders": "[edit_search,nabla]", "model__budget__rollouts": 4}
+    assert cli.main(["decode", *options(models, tmp_path / "run", **changes)]) == 0
+    rows = read_results(tmp_path / "run")
+    phases = {name: {e["phase"] for r in rows if r["decoder"] == name for e in r["cost"]["rows"]} for name in NEW}
+    assert "probe" in phases["nabla"] and "probe" not in phases["edit_search"]
+    for row in rows:
+        assert len(row["trace"]) == row["proposals"] == len(row["rollouts"]) - 1
+        assert row["energy"] == pytest.approx(min(-c["reward"] - c["logps"] for c in row["rollouts"]), abs=1e-4)
+        assert row["curve"][-1][1] == pytest.approx(row["cost"]["flops"])
+    assert any(row["trace"] for row in rows)
 
 
 def test_every_line_names_its_configuration(whole):

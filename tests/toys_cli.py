@@ -43,6 +43,7 @@ def options(models: Path, run_dir: Path | None = None, **changes: object) -> lis
         "model.sampling.max_new_tokens": 10,
         "model.best_of_n.n": 3,
         "model.self_consistency.n": 3,
+        "model.nabla.loop": "published",
         "model.nabla.max_rollouts": 3,
         "model.nabla.dto.num_steps": 4,
         "model.nabla.dto.step_size": 0.5,
@@ -71,7 +72,10 @@ def read_results(run_dir: Path) -> list[dict]:
 
 def timeless_results(run_dir: Path) -> list[dict]:
     """The lines without what no two runs share."""
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in read_results(run_dir)]
+    rows = [{name: value for name, value in row.items() if name != "seconds"} for row in read_results(run_dir)]
+    for row in rows:
+        row["curve"] = [[*point[:3], *point[4:]] for point in row["curve"]]
+    return rows
 
 
 def read_summary(run_dir: Path) -> dict:

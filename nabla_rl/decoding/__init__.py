@@ -1,19 +1,28 @@
 """Decoders: one file each, one contract (`AbstractDecoder`), every cost on the ledger."""
 
 from nabla_rl.decoding.base import AbstractDecoder, Candidate, Decoded, Edit, Sampling
+from nabla_rl.decoding.beam import BeamSearch
 from nabla_rl.decoding.best_of_n import BestOfN
+from nabla_rl.decoding.budget import Budget, Point
+from nabla_rl.decoding.edit_search import EditSearch
+from nabla_rl.decoding.mcts import MCTS
 from nabla_rl.decoding.nabla import Nabla
 from nabla_rl.decoding.sampling import Greedy, Sample
 from nabla_rl.decoding.self_consistency import SelfConsistency
 
 __all__ = [
     "AbstractDecoder",
+    "BeamSearch",
     "BestOfN",
+    "Budget",
     "Candidate",
     "Decoded",
     "Edit",
+    "EditSearch",
     "Greedy",
+    "MCTS",
     "Nabla",
+    "Point",
     "Sample",
     "Sampling",
     "SelfConsistency",

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from nabla_rl.data.problems import Problem
+from nabla_rl.decoding.budget import Point
 from nabla_rl.functional.energy import compute_energy
 from nabla_rl.functional.seeding import seeded_generator
 from nabla_rl.ledger import Ledger
 from nabla_rl.models.backbone import Prefix, Track
 from nabla_rl.models.policy import Policy, Rollout
-from nabla_rl.rewards.base import AbstractReward
+from nabla_rl.rewards.base import AbstractProcessReward, AbstractReward
 from nabla_rl.types import UserError
 
 
@@ -66,6 +67,8 @@ class Edit:
     accepted: bool
     gradient_norm: float
     entropy: float
+    score: float | None = None
+    """What the edit promised: the change of the tilted policy's log-odds, for edit search."""
 
 
 @dataclass
@@ -83,6 +86,8 @@ class Decoded:
         trace: for ∇-Reasoner, the edits proposed.
         proposals, accepted: edits that were rolled out, and how many of them were kept.
         counts: further counts of the decoder's own (positions visited, gradients served from the cache, …).
+        curve: after each step, what had been spent and which rollout would have been the answer; the last point is
+            this answer and its whole cost.
     """
 
     problem_id: str
@@ -96,6 +101,7 @@ class Decoded:
     proposals: int = 0
     accepted: int = 0
     counts: dict[str, int] = field(default_factory=dict)
+    curve: list[Point] = field(default_factory=list)
 
 
 class AbstractDecoder(ABC):
@@ -118,6 +124,16 @@ def require_reward(decoder: str, reward: AbstractReward | None) -> AbstractRewar
             f"--model.decoders."
         )
     return reward
+
+
+def require_process_reward(decoder: str, reward: AbstractReward | None) -> AbstractProcessReward:
+    """The reward, where it judges partial completions, or one line that says who needs it."""
+    judge = require_reward(decoder, reward)
+    if not isinstance(judge, AbstractProcessReward):
+        raise UserError(
+            f"{decoder}: expected a reward that judges prefixes, found {type(judge).__name__}. Take a process reward."
+        )
+    return judge
 
 
 def prefill(problems: Sequence[Problem], policy: Policy, ledger: Ledger, max_new_tokens: int) -> Prefix:
@@ -145,6 +161,7 @@ def draw_rollouts(
     keep_logits: bool = False,
     keep_encoded: bool = False,
     keep_entropy: bool = False,
+    keep_top: int = 0,
 ) -> Rollout:
     """`n` rollouts of each problem, rows n·i … n·i + n - 1 being problem i's; draw j depends on (seed, problem id,
     j)."""
@@ -159,6 +176,7 @@ def draw_rollouts(
         keep_logits=keep_logits,
         keep_encoded=keep_encoded,
         keep_entropy=keep_entropy,
+        keep_top=keep_top,
     )
 
 
@@ -199,7 +217,9 @@ def energies(tried: Sequence[Candidate], beta: float) -> Tensor:
     return compute_energy(logps, rewards, beta)
 
 
-def decoded(problem: Problem, chosen: int, tried: list[Candidate], finished: bool) -> Decoded:
+def decoded(
+    problem: Problem, chosen: int, tried: list[Candidate], finished: bool, curve: Sequence[Point] = ()
+) -> Decoded:
     """The result of a decoder that picks one of its rollouts."""
     best = tried[chosen]
-    return Decoded(problem.id, best.text, best.ids, finished, best.logps, best.reward, tried)
+    return Decoded(problem.id, best.text, best.ids, finished, best.logps, best.reward, tried, curve=list(curve))

@@ -5,24 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal
 
 import torch
 
 from nabla_rl.data.problems import Extract, Problem, extract_boxed
-from nabla_rl.decoding.base import (
-    AbstractDecoder,
-    Candidate,
-    Decoded,
-    Sampling,
-    candidates,
-    decoded,
-    draw_rollouts,
-    energies,
-    prefill,
-    require_reward,
-    score_rollouts,
-)
+from nabla_rl.decoding.base import AbstractDecoder, Candidate, Decoded, Sampling, energies, require_reward
+from nabla_rl.decoding.budget import Budget
+from nabla_rl.decoding.draws import answer_by_draws
 from nabla_rl.ledger import Ledger
 from nabla_rl.models.policy import Policy
 from nabla_rl.rewards.base import AbstractReward
@@ -72,24 +63,21 @@ class BestOfN(AbstractDecoder):
     """The best of n samples; see `CHOICES` for what best means."""
 
     n: int = 8
+    """Completions at most."""
     choose_by: Choice = "energy"
     beta: float = 1.0
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
     extract: Extract = extract_boxed
+    budget: Budget = field(default_factory=Budget)
     name: str = "best_of_n"
 
     def decode(
         self, problems: Sequence[Problem], policy: Policy, reward: AbstractReward | None, ledger: Ledger
     ) -> list[Decoded]:
-        reward = require_reward(self.name, reward)
-        prefix = prefill(problems, policy, ledger, self.sampling.max_new_tokens)
-        rollout = draw_rollouts(problems, policy, prefix, self.sampling, n=self.n, seed=self.seed)
-        rewards, _ = score_rollouts(problems, reward, rollout.ids, rollout.mask, ledger)
-        tried, finished = candidates(policy, rollout, rewards), rollout.finished.tolist()
-        results = []
-        for index, problem in enumerate(problems):
-            rows = slice(index * self.n, (index + 1) * self.n)
-            chosen = CHOICES[self.choose_by](tried[rows], self.beta, self.extract)
-            results.append(decoded(problem, chosen, tried[rows], finished[rows][chosen]))
-        return results
+        extract = cache(self.extract)
+        return answer_by_draws(
+            problems, policy, require_reward(self.name, reward), ledger, sampling=self.sampling, seed=self.seed,
+            most=self.n, budget=self.budget,
+            choose=lambda tried: CHOICES[self.choose_by](tried, self.beta, extract),
+        )  # fmt: skip

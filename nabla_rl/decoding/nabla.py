@@ -24,7 +24,6 @@ acceptance rate is over proposals; every model call is booked.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -46,50 +45,17 @@ from nabla_rl.decoding.base import (
     require_reward,
     score_rollouts,
 )
-from nabla_rl.decoding.objective import HeadLogits, Objective, choose_support, gradient_candidates
-from nabla_rl.dto import DTOConfig, DTOState
-from nabla_rl.functional.energy import compute_energy
+from nabla_rl.decoding.budget import Budget
+from nabla_rl.decoding.probing import Search, objective_of, probe, start_at
+from nabla_rl.dto import DTOConfig
 from nabla_rl.functional.logps import categorical_from_uniform, selective_log_softmax, top_p_filter
 from nabla_rl.functional.relaxation import sample_gumbel
 from nabla_rl.functional.seeding import seeded_generator
 from nabla_rl.ledger import Ledger
-from nabla_rl.models.backbone import Prefix, Track
+from nabla_rl.models.backbone import Prefix
 from nabla_rl.models.policy import Policy, Rollout
 from nabla_rl.rewards.base import AbstractReward
 from nabla_rl.types import UserError
-
-GRADIENT_CANDIDATES = 8
-"""Tokens of each position that enter a top-k support because the first gradient likes them."""
-
-
-@dataclass
-class _Search:
-    """One problem on its way: the current completion, what is committed of it, and what is known about it."""
-
-    problem: Problem
-    account: int
-    ids: Tensor  # (length,)
-    logps: Tensor  # (length,)
-    sampling_logps: Tensor  # (length,)
-    logits: Tensor  # (length, vocab); (length, 0) with a support, where `policy_track` has what they are computed from
-    entropy: Tensor  # (length,)
-    finished: bool
-    reward: float
-    policy_track: Track
-    reward_track: Track
-    position: int = 0
-    sweep: int = 0
-    gradient_from: int = -1  # the gradient below covers positions from here on; -1: there is none
-    gradient: Tensor | None = None  # (length - gradient_from, support), ∂L/∂y at the current completion
-    support: Tensor | None = None  # (length - gradient_from, support)
-    support_logits: Tensor | None = None  # (length - gradient_from, support)
-    standing: tuple[float, float, float] = (0.0, 0.0, 0.0)  # energy, reward, logps of the suffix, as DTO saw them
-    tried: list[Candidate] = field(default_factory=list)
-    trace: list[Edit] = field(default_factory=list)
-    counts: Counter = field(default_factory=Counter)
-
-    def energy(self, beta: float) -> float:
-        return float(compute_energy(self.logps.double().sum(), torch.tensor(self.reward).double(), beta))
 
 
 @dataclass(frozen=True)
@@ -108,6 +74,8 @@ class Nabla(AbstractDecoder):
     support: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
+    budget: Budget = field(default_factory=Budget)
+    """Ends the search beside `max_rollouts`; a step is a position visited, with its probe and its rollout."""
     name: str = "nabla"
 
     def __post_init__(self) -> None:
@@ -135,14 +103,26 @@ class Nabla(AbstractDecoder):
         searches = self._start(problems, policy, reward, ledger)
         active = searches
         while active:
-            active = [search for search in active if len(search.tried) < self.max_rollouts and self._next(search)]
+            active = [
+                search
+                for search in active
+                if len(search.tried) < self.max_rollouts
+                and self.budget.allows(search.curve[-1])
+                and self._next(search)
+            ]
             unknown = [search for search in active if search.gradient is None]
             if unknown and self._needs_gradient:
-                self._probe(unknown, policy, reward, ledger)
+                starts = [s.position if s.sweep + 1 == self.sweeps else 0 for s in unknown]
+                with ledger.phase("probe"):
+                    probe(
+                        unknown, starts, policy, reward, self._config(), self.support if self._lean(policy) else None
+                    )
             # a gradient that was not known before may rule the position out: the next round goes on from there
             ready = [search for search in active if self._picked(search)[search.position]]
             if ready:
                 self._advance(ready, policy, reward, ledger)
+            for search in active:
+                search.mark(ledger)
         return [_finish(search) for search in searches]
 
     @property
@@ -156,7 +136,7 @@ class Nabla(AbstractDecoder):
 
     def _start(
         self, problems: Sequence[Problem], policy: Policy, reward: AbstractReward, ledger: Ledger
-    ) -> list[_Search]:
+    ) -> list[Search]:
         prefix = prefill(problems, policy, ledger, self.sampling.max_new_tokens)
         rollout = draw_rollouts(
             problems, policy, prefix, self.sampling, n=1, seed=self.seed, keep_logits=not self._lean(policy),
@@ -168,15 +148,16 @@ class Nabla(AbstractDecoder):
         searches = []
         for row, problem in enumerate(problems):
             ids, logps, sampling_logps, logits, entropy = _row(rollout, row)
-            search = _Search(
+            search = Search(
                 problem, row, ids, logps, sampling_logps, logits, entropy, bool(rollout.finished[row]),
                 float(rewards[row]), policy_tracks[row], reward_tracks[row],
             )  # fmt: skip
             search.tried.append(_candidate(policy, search))
+            search.mark(ledger)
             searches.append(search)
         return searches
 
-    def _next(self, search: _Search) -> bool:
+    def _next(self, search: Search) -> bool:
         """Go to the next picked position, in the next sweep where this one has none left; False when all sweeps are
         done."""
         while not self._select(search):
@@ -186,7 +167,7 @@ class Nabla(AbstractDecoder):
             search.position = 0
         return True
 
-    def _select(self, search: _Search) -> bool:
+    def _select(self, search: Search) -> bool:
         """Commit tokens up to the next position that the selector picks; False where there is none left."""
         later = self._picked(search)[search.position :].nonzero()
         skipped = int(later[0]) if len(later) else len(search.ids) - search.position
@@ -194,7 +175,7 @@ class Nabla(AbstractDecoder):
         search.position += skipped
         return len(later) > 0
 
-    def _picked(self, search: _Search) -> Tensor:
+    def _picked(self, search: Search) -> Tensor:
         """Which positions the selector picks, (length,), as far as is known."""
         picked = search.entropy > self.min_entropy
         if search.gradient is not None and self.min_gradient_norm > 0:
@@ -202,66 +183,10 @@ class Nabla(AbstractDecoder):
             picked[search.gradient_from :] &= norms > self.min_gradient_norm
         return picked
 
-    def _objective(
-        self,
-        searches: list[_Search],
-        starts: list[int],
-        policy: Policy,
-        reward: AbstractReward,
-        support: Tensor | None,
-    ) -> Objective:
-        """The energy of the current completions as functions of their tokens from `starts` on."""
-        lengths = torch.tensor([len(s.ids) - at for s, at in zip(searches, starts, strict=True)], device=policy.device)
-        mask = torch.arange(int(lengths.max()), device=policy.device) < lengths[:, None]
-        return Objective(
-            policy,
-            reward,
-            Prefix.cat([s.policy_track.prefix_at(at) for s, at in zip(searches, starts, strict=True)]),
-            Prefix.cat([s.reward_track.prefix_at(at) for s, at in zip(searches, starts, strict=True)]),
-            mask,
-            support,
-            hard=self.dto.relaxation != "softmax",
-        )
-
     def _config(self) -> DTOConfig:
         return replace(self.dto, beta=self.beta)
 
-    def _probe(self, searches: list[_Search], policy: Policy, reward: AbstractReward, ledger: Ledger) -> None:
-        """∂L/∂y at the current completion and the support to work on, for every position that will be visited."""
-        starts = [s.position if s.sweep + 1 == self.sweeps else 0 for s in searches]
-        ids = pad_sequence([s.ids[at:] for s, at in zip(searches, starts, strict=True)], batch_first=True)
-        with ledger.phase("probe"):
-            support = None
-            objective = self._objective(searches, starts, policy, reward, None)
-            if self._lean(policy):
-                assert self.support is not None
-                hidden = [s.policy_track.hidden[at : len(s.ids)] for s, at in zip(searches, starts, strict=True)]
-                every, num = (
-                    HeadLogits(policy, pad_sequence(hidden, batch_first=True)),
-                    min(GRADIENT_CANDIDATES, self.support - 1),
-                )
-                candidates = gradient_candidates(objective, ids, every, self.beta, num) if num else None
-                objective.support = support = choose_support(every, ids, self.support, candidates)
-                logits = every.gather(support)
-                policy.backbone.record_head(objective.policy_prefix, (3 if num else 2) * objective.mask.sum(-1))
-            else:
-                logits = pad_sequence(
-                    [s.logits[at:] for s, at in zip(searches, starts, strict=True)], batch_first=True
-                )
-            state = dto.init(logits, objective.mask, self._config())
-            state = _start_at(state, ids if support is None else (support == ids[..., None]).int().argmax(-1))
-            # one update is made and thrown away: what is wanted is the gradient that it evaluates
-            state, _ = dto.step(state, objective.log_probs, objective.rewards, self._config())
-        assert state.gradient is not None
-        for row, search in enumerate(searches):
-            real = objective.mask[row]
-            search.gradient, search.gradient_from = state.gradient[row, real], starts[row]
-            search.support = None if support is None else support[row, real]
-            search.support_logits = None if support is None else logits[row, real]
-            search.standing = (float(state.energy[row]), float(state.reward[row]), float(state.logps[row]))
-            search.counts["probes"] += 1
-
-    def _advance(self, searches: list[_Search], policy: Policy, reward: AbstractReward, ledger: Ledger) -> None:
+    def _advance(self, searches: list[Search], policy: Policy, reward: AbstractReward, ledger: Ledger) -> None:
         """DTO at each search's position, a new token for it, a rollout where the token changed, and the decision."""
         z_first, supports, norms = self._optimise(searches, policy, reward, ledger)
         changed, tokens, first_logps = [], [], []
@@ -289,7 +214,7 @@ class Nabla(AbstractDecoder):
             self._propose(changed, tokens, first_logps, policy, reward, ledger)
 
     def _optimise(
-        self, searches: list[_Search], policy: Policy, reward: AbstractReward, ledger: Ledger
+        self, searches: list[Search], policy: Policy, reward: AbstractReward, ledger: Ledger
     ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor]]:
         """The optimised logits z̃_1 of each search's position, their token ids, and ‖∂L/∂y_1‖."""
         config = self._config()
@@ -313,11 +238,13 @@ class Nabla(AbstractDecoder):
         logits = pad_sequence(rows, batch_first=True)
         support = None if supports[0] is None else pad_sequence(supports, batch_first=True)
         firsts = [None if s is None else s[0] for s in supports]
-        objective = self._objective(searches, [s.position for s in searches], policy, reward, support)
+        objective = objective_of(
+            searches, [s.position for s in searches], policy, reward, support, hard=config.relaxation != "softmax"
+        )
         state = dto.init(logits, objective.mask, config)
         start = ids if support is None else (support == ids[..., None]).int().argmax(-1)
         if config.relaxation == "straight_through":
-            state = _start_at(state, start)
+            state = start_at(state, start)
             # the gradient at the current completion is known: the first steps need no model
             energy, value, logps = (
                 torch.tensor(x).to(state.logits) for x in zip(*(s.standing for s in searches), strict=True)
@@ -348,7 +275,7 @@ class Nabla(AbstractDecoder):
                 ledger.record_cached(torch.tensor(served, dtype=torch.int64))
         return list(state.logits[:, 0]), firsts, [g[0].norm() for g in gradients]
 
-    def _first_logits(self, search: _Search, policy: Policy) -> Tensor:
+    def _first_logits(self, search: Search, policy: Policy) -> Tensor:
         """The policy's logits at a search's position, (vocab,)."""
         if not self._lean(policy):
             return search.logits[search.position]
@@ -359,7 +286,7 @@ class Nabla(AbstractDecoder):
 
     def _propose(
         self,
-        changed: list[tuple[_Search, float]],
+        changed: list[tuple[Search, float]],
         tokens: list[int],
         first_logps: list[tuple[float, float]],
         policy: Policy,
@@ -427,6 +354,7 @@ class Nabla(AbstractDecoder):
             )
             search.tried.append(_candidate(policy, candidate))
             if accepted:
+                search.chosen = len(search.tried) - 1
                 for name in _REPLACED:
                     setattr(search, name, getattr(candidate, name))
             search.position += 1
@@ -448,19 +376,6 @@ _REPLACED = (
 """What an accepted proposal replaces."""
 
 
-def _start_at(state: DTOState, tokens: Tensor) -> DTOState:
-    """The state whose hard tokens are `tokens`: a constant offset lifts each of them to its position's maximum.
-
-    The logits themselves, which proposals are drawn from, stay the policy's. A token flips when another one
-    overtakes it.
-    """
-    highest = state.logits.amax(-1, keepdim=True)
-    lift = highest - state.logits.gather(-1, tokens[..., None]) + 1e-5 * highest.abs().clamp(min=1.0)
-    lift = lift.masked_fill(state.logits.argmax(-1, keepdim=True) == tokens[..., None], 0.0)
-    noise = torch.zeros_like(state.logits).scatter(-1, tokens[..., None], lift)
-    return state._replace(noise=noise, tokens=(state.logits + noise).argmax(-1))
-
-
 def _row(rollout: Rollout, row: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     real = rollout.mask[row]
     assert rollout.entropy is not None
@@ -469,16 +384,15 @@ def _row(rollout: Rollout, row: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
     return ids, logps, rollout.sampling_logps[row, real], logits, entropy
 
 
-def _candidate(policy: Policy, search: _Search) -> Candidate:
+def _candidate(policy: Policy, search: Search) -> Candidate:
     ids = tuple(search.ids.tolist())
     return Candidate(policy.decode(ids), ids, float(search.logps.double().sum()), search.reward)
 
 
-def _finish(search: _Search) -> Decoded:
-    ids = tuple(search.ids.tolist())
-    final = next(c for c in search.tried if c.ids == ids)
+def _finish(search: Search) -> Decoded:
+    final = search.tried[search.chosen]
     return Decoded(
-        search.problem.id, final.text, ids, search.finished, float(search.logps.double().sum()), search.reward,
-        search.tried, search.trace, len(search.trace), sum(edit.accepted for edit in search.trace),
-        dict(search.counts),
+        search.problem.id, final.text, final.ids, search.finished, final.logps, search.reward, search.tried,
+        search.trace, len(search.trace), sum(edit.accepted for edit in search.trace), dict(search.counts),
+        search.curve,
     )  # fmt: skip

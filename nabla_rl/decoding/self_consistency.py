@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 from nabla_rl.data.problems import Extract, Problem, extract_boxed
-from nabla_rl.decoding.base import (
-    AbstractDecoder,
-    Candidate,
-    Decoded,
-    Sampling,
-    candidates,
-    decoded,
-    draw_rollouts,
-    prefill,
-)
+from nabla_rl.decoding.base import AbstractDecoder, Candidate, Decoded, Sampling
+from nabla_rl.decoding.budget import Budget
+from nabla_rl.decoding.draws import answer_by_draws
 from nabla_rl.ledger import Ledger
 from nabla_rl.models.policy import Policy
 from nabla_rl.rewards.base import AbstractReward
@@ -37,20 +31,18 @@ class SelfConsistency(AbstractDecoder):
     """The majority answer of n samples. No reward model."""
 
     n: int = 8
+    """Completions at most."""
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
     extract: Extract = extract_boxed
+    budget: Budget = field(default_factory=Budget)
     name: str = "self_consistency"
 
     def decode(
         self, problems: Sequence[Problem], policy: Policy, reward: AbstractReward | None, ledger: Ledger
     ) -> list[Decoded]:
-        prefix = prefill(problems, policy, ledger, self.sampling.max_new_tokens)
-        rollout = draw_rollouts(problems, policy, prefix, self.sampling, n=self.n, seed=self.seed)
-        tried, finished = candidates(policy, rollout, None), rollout.finished.tolist()
-        results = []
-        for index, problem in enumerate(problems):
-            rows = slice(index * self.n, (index + 1) * self.n)
-            chosen = choose_by_majority(tried[rows], self.extract)
-            results.append(decoded(problem, chosen, tried[rows], finished[rows][chosen]))
-        return results
+        extract = cache(self.extract)
+        return answer_by_draws(
+            problems, policy, None, ledger, sampling=self.sampling, seed=self.seed, most=self.n, budget=self.budget,
+            choose=lambda tried: choose_by_majority(tried, extract),
+        )  # fmt: skip

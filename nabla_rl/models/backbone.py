@@ -164,6 +164,11 @@ class Track:
             earned = torch.cat([self.earned[kept], tail.earned])
         return replace(tail, hidden=torch.cat([self.hidden[kept], tail.hidden]), start=self.start, earned=earned)
 
+    @property
+    def before(self) -> int:
+        """Tokens that come before the completion: the prompt's."""
+        return self.keys[0].shape[2] - (len(self.hidden) - 1) - self.start
+
     def prefix_at(self, length: int) -> Prefix:
         """Prompt and the first `length` completion tokens (at least `start`), as a batch of one. No model runs."""
         fed = length - self.start
@@ -305,13 +310,55 @@ class Backbone(nn.Module):
         # cut after the product: the backward then pads embeddings, not probabilities
         embeds = SoftEmbedding.apply(token_probs, self.weight, support, tokens)[:, : mask.shape[1]]
         encoded = self._encode(prefix, {"inputs_embeds": embeds}, mask)
-        ledger, phase, context = prefix.ledger, prefix.ledger.phase_name, prefix.lengths
+        context = prefix.lengths
         product = self.formula.soft_embedding(count, width)
         if tokens is None:
-            ledger.record(self.name, "forward", prefix.problems, count, product, is_pass=False)
-        if not encoded.hidden.requires_grad:
-            return encoded
-        watches: list[Stopwatch] = []
+            prefix.ledger.record(self.name, "forward", prefix.problems, count, product, is_pass=False)
+        flops = self.formula.backward(count, context) + product
+        self._book_pass_back(encoded.hidden, embeds, prefix, count, flops)
+        return encoded
+
+    def encode_forks(self, prefix: Prefix, positions: Tensor, embeds: Tensor, mask: Tensor) -> Tensor:
+        """Read single tokens that fork off an encoded sequence, all in one pass under a tree attention mask.
+
+        Token j of a row stands at depth `positions[j]`: it sees the encoded tokens before that depth, and itself. What
+        it gives is what a pass over those tokens and it alone would have given, at the price of one token. Where
+        `embeds` ask for gradients, each token's reach it through its own query, key and value alone, as nothing else
+        sees it: all own-token gradients come from one backward.
+
+        Args:
+            prefix: encoded prompts and completions, not changed.
+            positions: (batch, n), how many tokens of the sequence (prompt included) come before each fork.
+            embeds: (batch, n, hidden), input embeddings of the forks.
+            mask: (batch, n), True at real forks.
+
+        Returns:
+            (batch, n, hidden), the last layer's state at each fork.
+        """
+        count, context = mask.sum(-1), prefix.lengths
+        depth = prefix.mask.cumsum(-1) - 1
+        seen = prefix.mask[:, None] & (depth[:, None] < positions[..., None])
+        own = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device).expand(len(mask), -1, -1)
+        allowed = torch.cat([seen, own], -1)[:, None]
+        bias = torch.zeros_like(allowed, dtype=embeds.dtype).masked_fill(~allowed, torch.finfo(embeds.dtype).min)
+        watch = Stopwatch(self.device)
+        hidden = self.base(
+            inputs_embeds=embeds,
+            attention_mask=bias,
+            position_ids=positions,
+            past_key_values=build_cache(prefix),
+            use_cache=True,
+        ).last_hidden_state
+        flops = self.formula.forward(count, context)
+        prefix.ledger.record(self.name, "forward", prefix.problems, count, flops, watch.seconds())
+        self._book_pass_back(hidden, embeds, prefix, count, self.formula.backward(count, context))
+        return hidden
+
+    def _book_pass_back(self, hidden: Tensor, embeds: Tensor, prefix: Prefix, count: Tensor, flops: Tensor) -> None:
+        """Book the backward from `hidden` to `embeds` when it comes, with its seconds, on the phase of now."""
+        if not hidden.requires_grad:
+            return
+        ledger, phase, watches = prefix.ledger, prefix.ledger.phase_name, []
 
         def start(_: Tensor) -> None:
             watches[:] = [Stopwatch(self.device)]
@@ -319,13 +366,11 @@ class Backbone(nn.Module):
         def book(gradient: Tensor) -> None:
             if self._captured is not None:
                 self._captured.append(gradient)
-            flops = self.formula.backward(count, context) + product
             with ledger.phase(phase):
                 ledger.record(self.name, "backward", prefix.problems, count, flops, watches[0].seconds())
 
-        encoded.hidden.register_hook(start)
+        hidden.register_hook(start)
         embeds.register_hook(book)
-        return encoded
 
     def _encode(self, prefix: Prefix, inputs: dict[str, Tensor], mask: Tensor) -> Encoded:
         if mask.shape[1] == 0:

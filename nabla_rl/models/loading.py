@@ -35,6 +35,8 @@ class PolicyOptions:
     """The system turn of the chat template."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint. Only for publishers you trust."""
+    adapter: str | None = None
+    """A PEFT adapter folder (what align.py writes) to add to the weights. null: none."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class RewardOptions:
     """The system turn of the reward model's own chat template."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint. Only for publishers you trust."""
+    taught: str | None = None
+    """A copy of the reward that was taught its gradient (tiny-taught, or a folder), for proposals by gradient."""
 
 
 def resolve_name(name: str, family: str) -> str:
@@ -76,6 +80,10 @@ def load_policy(
     """
     name = resolve_name(options.name, family)
     model = _load(AutoModelForCausalLM, argument, name, options, device)
+    if options.adapter is not None:
+        from nabla_rl.models.adapters import merge_adapter  # PEFT takes seconds to import
+
+        model = merge_adapter(model, options.adapter, argument=f"{argument.rpartition('.')[0]}.adapter")
     tokenizer = load_tokenizer(argument, name, options.trust_remote_code)
     return Policy(model, tokenizer, system_prompt=options.system_prompt)
 

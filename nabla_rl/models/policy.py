@@ -42,6 +42,8 @@ class Rollout:
             asked for.
         encoded: keys, values and hidden states of prefix and completion, where they were asked for.
         entropy: (batch, length), of the policy at temperature 1, zero at padding, where it was asked for.
+        top_ids, top_logps: (batch, length, k), the policy's likeliest tokens at each position and their
+            log-probabilities, where they were asked for.
     """
 
     ids: Tensor
@@ -52,6 +54,8 @@ class Rollout:
     logits: Tensor | None = None
     encoded: Encoded | None = None
     entropy: Tensor | None = None
+    top_ids: Tensor | None = None
+    top_logps: Tensor | None = None
 
 
 class SupportLogProbs(torch.autograd.Function):
@@ -209,8 +213,10 @@ class Policy(nn.Module):
         keep_logits: bool = False,
         keep_encoded: bool = False,
         keep_entropy: bool = False,
+        keep_top: int = 0,
         first_tokens: Tensor | None = None,
         budgets: Tensor | None = None,
+        stops: Tensor | None = None,
     ) -> Rollout:
         """Sample completions to the end.
 
@@ -225,8 +231,10 @@ class Policy(nn.Module):
             keep_encoded: return keys, values and hidden states, so that any position can become a prefix without a
                 pass.
             keep_entropy: return the entropy of every position.
+            keep_top: return so many of the likeliest tokens of every position.
             first_tokens: (batch,), tokens to begin with, instead of a draw (their `sampling_logps` are zero).
             budgets: (batch,), tokens at most of each row, where that is fewer than `max_new_tokens`.
+            stops: token ids that end a rollout as its length does: it is not `finished`.
 
         Raises:
             UserError: the model gave logits that are not finite.
@@ -245,6 +253,8 @@ class Policy(nn.Module):
         )
         store = _Store(rows, max_new_tokens, prefix) if keep_encoded else None
         kept_logits: list[Tensor] = []
+        top_ids = torch.zeros(rows, max_new_tokens, keep_top, dtype=torch.int64, device=device)
+        top_logps = torch.zeros(rows, max_new_tokens, keep_top, dtype=dtype, device=device)
         finished = torch.zeros(rows, dtype=torch.bool, device=device)
         budgets = None if budgets is None else budgets.to(device)
 
@@ -275,6 +285,9 @@ class Policy(nn.Module):
             logps[alive, length] = selective_log_softmax(logits, tokens)[live]
             if keep_entropy:
                 entropy[alive, length] = compute_entropy(logits)[live]
+            if keep_top:
+                best = log_softmax(logits).topk(keep_top, -1)
+                top_ids[alive, length], top_logps[alive, length] = best.indices[live], best.values[live]
             if keep_logits:
                 full = logits.new_zeros(rows, logits.shape[-1])
                 full[alive] = logits[live]
@@ -287,6 +300,8 @@ class Policy(nn.Module):
             live = live & ~ended
             if budgets is not None:
                 live = live & (budgets[active] > length)
+            if stops is not None:
+                live = live & ~torch.isin(tokens, stops)
             if length == max_new_tokens or not live.any():
                 if store is not None:
                     store.add_cache(active, cache, torch.ones_like(live))
@@ -320,6 +335,8 @@ class Policy(nn.Module):
             torch.stack(kept_logits, 1) if keep_logits else None,
             store.encoded(length, mask) if store is not None else None,
             entropy[:, :length] if keep_entropy else None,
+            top_ids[:, :length] if keep_top else None,
+            top_logps[:, :length] if keep_top else None,
         )
 
 

@@ -11,13 +11,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from jsonargparse import ArgumentError, set_parsing_settings
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
@@ -25,6 +26,7 @@ from rich.console import Console
 from nabla_rl.data.module import ProblemData
 from nabla_rl.data.problems import Problem
 from nabla_rl.modules.decoding import Decoding
+from nabla_rl.modules.frontier import FrontierOptions, build_cells, finish_frontier, start_frontier
 from nabla_rl.modules.progress import DecodingProgress
 from nabla_rl.report import format_table, write_report
 from nabla_rl.report.run_folder import RunFolder, flatten
@@ -34,6 +36,7 @@ from nabla_rl.types import UserError
 CONFIGS = Path(__file__).parents[2] / "configs" / "decode"
 TABLE_WIDTH = 160
 NOT_IN_RESULTS = ("config", "run_dir", "trainer", "seed_everything")
+OPTIONS_OF_MODEL = ("sampling.", "nabla.", "budget.", "beam.", "mcts.", "edit_search.")
 FULL_PRECISION = (None, 32, "32", "32-true")
 DESCRIPTION = """Decode problems with ∇-Reasoner and its rivals, with every cost counted. Without options: test
 problems of the embedded tiny world by its embedded models, offline. Options come from YAML files (--config) and from
@@ -51,6 +54,7 @@ class DecodeCLI(LightningCLI):
         parser.add_argument(
             "--run_dir", type=str, default=None, help="folder of the results (default: runs/decode/<config name>)"
         )
+        parser.add_class_arguments(FrontierOptions, "frontier")
         parser.link_arguments("data.family", "model.family")
         parser.link_arguments("seed", "model.seed")
         parser.link_arguments("model.beta", "model.nabla.dto.beta")
@@ -69,19 +73,17 @@ class DecodeCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; what is wrong is said in this project's words."""
+        self.arguments = list(sys.argv[1:] if args is None else args)
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            options = [option for action in parser._actions for option in action.option_strings]
-            raise UserError(explain(str(error), options, given_configs(args))) from error
+            raise UserError(explain(str(error), option_names(parser), given_configs(args))) from error
         except UnicodeDecodeError as error:
             raise UserError(explain("Problems parsing config", (), given_configs(args))) from error
 
     def before_instantiate_classes(self) -> None:
         """Refuse what a type cannot: values that are no numbers, and precisions beside the models' own types."""
-        for name, value in flatten(self.config.as_dict()).items():
-            if isinstance(value, float) and math.isnan(value):
-                raise UserError(f"--{name}: expected a number, found {value}.")
+        check_numbers(self.config)
         if self.config.trainer.precision not in FULL_PRECISION:
             raise UserError(
                 f"--trainer.precision: expected none, found {self.config.trainer.precision}. Weights have their own "
@@ -92,6 +94,21 @@ class DecodeCLI(LightningCLI):
         """Build everything; errors name the option as it is written on the command line."""
         try:
             super().instantiate_classes()
+        except UserError as error:
+            raise UserError(spell_option(str(error))) from error
+
+    def variant(self, arguments: Sequence[str]) -> tuple[Decoding, dict[str, Any]]:
+        """The decoding that this command line would give with `arguments` after it, and what decides its results."""
+        try:
+            config = self.parser.parse_args([*self.arguments, *arguments])
+        except ArgumentError as error:
+            raise UserError(explain(str(error), option_names(self.parser))) from error
+        check_numbers(config)
+        decisive = plain_config(self.parser, config)
+        for name in ("data", "trainer", "frontier"):
+            config.pop(name)
+        try:
+            return self.parser.instantiate_classes(config)["model"], decisive
         except UserError as error:
             raise UserError(spell_option(str(error))) from error
 
@@ -128,26 +145,56 @@ def main(arguments: list[str]) -> int:
     if trainer.is_global_zero:
         for notice in data.notices:
             print(f"warning: {notice}", file=sys.stderr)  # noqa: T201
-    module.run_folder = RunFolder(folder, results_config(cli), rank=trainer.global_rank, world_size=trainer.world_size)
-    check_same_problems(module.run_folder, data.problems)
-    # before Lightning starts other processes: what is wrong with the models is then said once
-    module.prepare(trainer.strategy.root_device, data.problems)
-    trainer.callbacks.append(DecodingProgress(data, module))  # pyright: ignore
+    frontier: FrontierOptions = cli.config_init["frontier"]
+    if frontier.variants:
+        cells = build_cells(frontier, cli.variant)
+        whole = start_frontier(
+            cells, folder, results_config(cli), rank=trainer.global_rank, world_size=trainer.world_size
+        )
+        progress = DecodingProgress(data, [(cell.label, cell.module) for cell in whole.cells])
+        whole.on_cell = lambda cell: progress.describe(f"{cell.label}, seed {cell.seed}")
+        work, runs = whole, [cell.module for cell in whole.cells]
+        conclude = partial(finish_frontier, whole, frontier, data, folder)
+    else:
+        module.run_folder = RunFolder(
+            folder, results_config(cli), rank=trainer.global_rank, world_size=trainer.world_size
+        )
+        progress = DecodingProgress(data, [(None, module)])
+        work, runs = module, [module]
+        conclude = partial(finish, module, data, module.run_folder)
+    for run in runs:
+        assert run.run_folder is not None
+        check_same_problems(run.run_folder, data.problems)
+    for run in runs:
+        # before Lightning starts other processes: what is wrong with the models is then said once
+        run.prepare(trainer.strategy.root_device, data.problems, like=None if run is runs[0] else runs[0])
+    trainer.callbacks.append(progress)  # pyright: ignore
+    predict(trainer, work, data, lambda: any(run.run_folder and run.run_folder.rows for run in runs), conclude)
+    return 0
+
+
+def predict(
+    trainer: Trainer,
+    work: LightningModule,
+    data: ProblemData,
+    anything: Callable[[], bool],
+    conclude: Callable[[Console], Any],
+) -> None:
+    """Run to the end, or to an interruption, and conclude with what there is."""
     try:
         with terminable():
-            trainer.predict(module, datamodule=data, return_predictions=False)
+            trainer.predict(work, datamodule=data, return_predictions=False)
     except SystemExit as stop:
         # what Lightning makes of Ctrl-C
         interrupt = stop.__context__
         if not isinstance(interrupt, KeyboardInterrupt):
             raise
-        if trainer.world_size == 1 and module.run_folder.rows:
-            finish(module, data, module.run_folder, wide_console())
+        if trainer.world_size == 1 and anything():
+            conclude(wide_console())
         raise interrupt from None
     trainer.strategy.barrier()
     if trainer.is_global_zero:
-        finish(module, data, module.run_folder, wide_console())
-    return 0
+        conclude(wide_console())
 
 
 def finish(module: Decoding, data: ProblemData, folder: RunFolder, console: Console) -> dict[str, Any]:
@@ -185,12 +232,30 @@ def wide_console() -> Console:
 
 def results_config(cli: LightningCLI) -> dict[str, Any]:
     """What decides the results: the whole configuration, less where and on what it runs."""
-    dumped = cli.parser.dump(cli.config, skip_link_targets=False, skip_none=False)
-    config = yaml.safe_load(dumped)
+    return plain_config(cli.parser, cli.config)
+
+
+def plain_config(parser: LightningArgumentParser, parsed: Any) -> dict[str, Any]:
+    """`results_config` of options that a parser has read."""
+    config = yaml.safe_load(parser.dump(parsed, skip_link_targets=False, skip_none=False))
     for name in NOT_IN_RESULTS:
         config.pop(name, None)
+    if not config["frontier"]["variants"]:
+        config.pop("frontier")
     config["data"].pop("batch_size", None)
     return config
+
+
+def option_names(parser: LightningArgumentParser) -> list[str]:
+    """The options that a parser knows."""
+    return [option for action in parser._actions for option in action.option_strings]
+
+
+def check_numbers(config: Any) -> None:
+    """Refuse NaN, which every type and every comparison lets through."""
+    for name, value in flatten(config.as_dict()).items():
+        if isinstance(value, float) and math.isnan(value):
+            raise UserError(f"--{name}: expected a number, found {value}.")
 
 
 def config_name(config: Any) -> str:
@@ -246,7 +311,9 @@ def spell_option(message: str) -> str:
     if found:
         name = "model.beta" if found[1] == "beta" else f"model.nabla.dto.{found[1]}"
         return f"--{name}: expected {found[2]}, found {found[3]}."
-    return f"--model.{message}" if message.startswith(("sampling.", "nabla.")) else message
+    if message.startswith("frontier."):
+        return f"--{message}"
+    return f"--model.{message}" if message.startswith(OPTIONS_OF_MODEL) else message
 
 
 def explain(message: str, options: Sequence[str], configs: Sequence[str] = ()) -> str:

@@ -5,86 +5,50 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, fields, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
 
 from nabla_rl.data.module import ProblemData
 from nabla_rl.data.problems import Extract, Problem, extract_line
-from nabla_rl.decoding import AbstractDecoder, BestOfN, Decoded, Greedy, Nabla, Sample, Sampling, SelfConsistency
-from nabla_rl.decoding.acceptance import Acceptance
+from nabla_rl.decoding import (
+    MCTS,
+    AbstractDecoder,
+    BeamSearch,
+    BestOfN,
+    Decoded,
+    EditSearch,
+    Greedy,
+    Nabla,
+    Sample,
+    Sampling,
+    SelfConsistency,
+)
 from nabla_rl.decoding.base import score_rollouts
-from nabla_rl.decoding.best_of_n import Choice
-from nabla_rl.dto import DTOConfig
+from nabla_rl.decoding.budget import Budget, Point, spent
 from nabla_rl.functional.energy import compute_energy
 from nabla_rl.ledger import Ledger
 from nabla_rl.models.loading import PolicyOptions, RewardOptions, load_classifier, load_policy
 from nabla_rl.models.policy import Policy
 from nabla_rl.models.prompts import encode_judged
+from nabla_rl.modules.decoder_options import (
+    NEED_REWARD,
+    BeamOptions,
+    BestOfNOptions,
+    DecoderName,
+    EditOptions,
+    MCTSOptions,
+    NablaOptions,
+    SelfConsistencyOptions,
+)
 from nabla_rl.report.run_folder import RunFolder
 from nabla_rl.rewards.base import AbstractReward, check_shared_vocabulary
 from nabla_rl.rewards.likelihood import LikelihoodReward
 from nabla_rl.rewards.sequence_classifier import SequenceClassifierReward
 from nabla_rl.types import UserError
-
-DecoderName = Literal["greedy", "sample", "best_of_n", "self_consistency", "nabla"]
-NEED_REWARD = ("best_of_n", "nabla")
-
-
-@dataclass(frozen=True)
-class BestOfNOptions:
-    """Best-of-n."""
-
-    n: int = 8
-    """Completions drawn."""
-    choose_by: Choice = "energy"
-    """energy (lowest -r/β - log π), reward (highest), or weighted_vote (the answer with most σ(r))."""
-
-
-@dataclass(frozen=True)
-class SelfConsistencyOptions:
-    """Self-consistency."""
-
-    n: int = 8
-    """Completions drawn."""
-
-
-ONE_STEP = DTOConfig(
-    num_steps=1,
-    step_size=0.3,
-    final_step_size=0.03,
-    schedule="constant",
-    optimizer="sgd",
-    weight_decay=0.0,
-)
-"""What configs/decode/default.yaml says and why; the published settings are DTOConfig's own defaults."""
-
-
-@dataclass(frozen=True)
-class NablaOptions:
-    """∇-Reasoner."""
-
-    dto: DTOConfig = field(default_factory=lambda: ONE_STEP)
-    """The optimisation of logits. Its beta is model.beta."""
-    acceptance: Acceptance = "energy"
-    """A proposal must lower the energy, raise the reward (as published), or pass a Metropolis test."""
-    max_rollouts: int = 8
-    """Rollouts at most for each problem, the first one included (N_max)."""
-    sweeps: int = 8
-    """Passes over the completion at most (published: 1), while rollouts are left."""
-    min_entropy: float = 0.05
-    """Positions with less entropy (nats) keep their token."""
-    min_gradient_norm: float = 0.0
-    """Positions with a smaller ‖∂L/∂y_i‖ keep their token; 0 switches the test off."""
-    resample_temperature: float = 1.0
-    """Divides the optimised logits when the new token is drawn; 0 takes the largest."""
-    resample_top_p: float = 1.0
-    """Nucleus of that draw."""
-    support: int | None = None
-    """Tokens of each position that are optimised; null: the whole vocabulary."""
 
 
 class Decoding(L.LightningModule):
@@ -99,7 +63,11 @@ class Decoding(L.LightningModule):
         sampling: how rollouts are drawn.
         best_of_n: options of best-of-n.
         self_consistency: options of self-consistency.
+        beam: options of beam search.
+        mcts: options of Monte Carlo tree search.
+        edit_search: options of edit search.
         nabla: options of ∇-Reasoner.
+        budget: the most that one problem may cost, whichever limit is met first; decoders stop before another step.
         family: which embedded tiny models a bare name means.
         seed: of every random number.
     """
@@ -114,7 +82,11 @@ class Decoding(L.LightningModule):
         sampling: Sampling = Sampling(),  # noqa: B008, frozen
         best_of_n: BestOfNOptions = BestOfNOptions(),  # noqa: B008, frozen
         self_consistency: SelfConsistencyOptions = SelfConsistencyOptions(),  # noqa: B008, frozen
+        beam: BeamOptions = BeamOptions(),  # noqa: B008, frozen
+        mcts: MCTSOptions = MCTSOptions(),  # noqa: B008, frozen
+        edit_search: EditOptions = EditOptions(),  # noqa: B008, frozen
         nabla: NablaOptions = NablaOptions(),  # noqa: B008, frozen
+        budget: Budget = Budget(),  # noqa: B008, frozen
         family: str = "words",
         seed: int = 0,
     ):
@@ -142,6 +114,8 @@ class Decoding(L.LightningModule):
         self.options = {"policy": policy, "reward": reward, "gold": gold}
         self.decoder_names, self.beta, self.sampling, self.seed, self.family = decoders, beta, sampling, seed, family
         self.best_of_n, self.self_consistency, self.nabla = best_of_n, self_consistency, nabla
+        self.beam, self.mcts, self.edit_search, self.budget = beam, mcts, edit_search, budget
+        self.judge_curve = False
         self.run_folder: RunFolder | None = None
         self.on_rows: Callable[[list[dict]], None] = lambda rows: None
         self.policy: Any = None
@@ -163,9 +137,13 @@ class Decoding(L.LightningModule):
                 raise UserError(in_role(str(error), role)) from error
             setattr(self, role, judge)
 
-    def prepare(self, device: torch.device, problems: Sequence[Problem]) -> None:
-        """Load the models and check that every problem fits them, before anything is decoded."""
-        self.load_models(device)
+    def prepare(self, device: torch.device, problems: Sequence[Problem], *, like: Decoding | None = None) -> None:
+        """Load the models, or take those of `like`, and check that every problem fits them, before anything is
+        decoded."""
+        if like is None:
+            self.load_models(device)
+        else:
+            self.policy, self.reward, self.gold = like.policy, like.reward, like.gold
         for judge in (self.reward, self.gold):
             check_lengths(problems, self.policy, judge, self.sampling.max_new_tokens)
 
@@ -183,17 +161,37 @@ class Decoding(L.LightningModule):
 
     def build_decoder(self, name: str, extract: Extract) -> AbstractDecoder:
         """The decoder of that name, with this module's settings; `extract` reads the answers that votes are for."""
+        decoder = self._builders(extract)[name]()
+        if "budget" in {entry.name for entry in fields(decoder)}:  # pyright: ignore
+            return replace(decoder, budget=self.budget)  # pyright: ignore
+        return decoder
+
+    def _builders(self, extract: Extract) -> dict[str, Callable[[], AbstractDecoder]]:
         sampling, seed = self.sampling, self.seed
-        builders: dict[str, Callable[[], AbstractDecoder]] = {
+        return {
             "greedy": lambda: Greedy(sampling),
             "sample": lambda: Sample(sampling, seed),
             "best_of_n": lambda: BestOfN(
                 self.best_of_n.n, self.best_of_n.choose_by, self.beta, sampling, seed, extract
             ),
             "self_consistency": lambda: SelfConsistency(self.self_consistency.n, sampling, seed, extract),
-            "nabla": lambda: Nabla(**vars(self.nabla), beta=self.beta, sampling=sampling, seed=seed),
+            "beam": lambda: BeamSearch(**vars(self.beam), beta=self.beta, sampling=sampling, seed=seed),
+            "mcts": lambda: MCTS(**vars(self.mcts), beta=self.beta, sampling=sampling, seed=seed),
+            "edit_search": lambda: self._edit_search(self.edit_search, "edit_search"),
+            "nabla": self._nabla,
         }
-        return builders[name]()
+
+    def _nabla(self) -> AbstractDecoder:
+        # both are built, so that the options of both are checked
+        edits = self._edit_search(self.nabla.edits, "nabla")
+        published = {name: value for name, value in vars(self.nabla).items() if name not in ("loop", "edits")}
+        loop = Nabla(**published, beta=self.beta, sampling=self.sampling, seed=self.seed)
+        return edits if self.nabla.loop == "edits" else loop
+
+    def _edit_search(self, options: EditOptions, name: str) -> EditSearch:
+        given = dict(vars(options))
+        sampling = replace(self.sampling, temperature=given.pop("temperature"))
+        return EditSearch(**given, beta=self.beta, sampling=sampling, seed=self.seed, name=name)
 
     def transfer_batch_to_device(
         self, batch: list[Problem], device: torch.device, dataloader_idx: int
@@ -218,13 +216,45 @@ class Decoding(L.LightningModule):
         ledger, start = Ledger(len(problems)), time.perf_counter()
         results = self.build_decoder(name, self.data.extract).decode(problems, self.policy, self.reward, ledger)
         seconds = (time.perf_counter() - start) / len(problems)
-        judged = {}
-        for judge, model in (("reward", self.reward), ("gold_reward", self.gold)):
-            judged[judge] = judge_results(model, problems, results, role=judge)
-        return [
+        completions = [result.ids for result in results]
+        judged = {
+            role: judge_completions(model, problems, completions, role=role)
+            for role, model in (("reward", self.reward), ("gold_reward", self.gold))
+        }
+        rows = [
             self._row(name, problem, result, ledger, index, seconds, judged)
             for index, (problem, result) in enumerate(zip(problems, results, strict=True))
         ]
+        return self._with_answers(rows, problems, results) if self.judge_curve else rows
+
+    def _with_answers(self, rows: list[dict], problems: Sequence[Problem], results: Sequence[Decoded]) -> list[dict]:
+        """Lines with every answer that their curves name, graded and judged, in place of all rollouts and edits."""
+        named = [
+            (row, problem, index, result.rollouts[index])
+            for row, problem, result in zip(rows, problems, results, strict=True)
+            for index in sorted({entry[-1] for entry in row["curve"]})
+        ]
+        owners, completions = [entry[1] for entry in named], [entry[3].ids for entry in named]
+        rewards, gold = (
+            judge_completions(model, owners, completions, role=role, batch_size=len(problems))
+            for role, model in (("reward", self.reward), ("gold_reward", self.gold))
+        )
+        answers: dict[str, list[dict]] = {row["id"]: [] for row in rows}
+        for (row, problem, index, candidate), reward, other in zip(named, rewards, gold, strict=True):
+            answers[row["id"]].append(
+                {
+                    "index": index,
+                    "text": candidate.text,
+                    "logps": candidate.logps,
+                    "correct": self._grade(candidate.text, problem),
+                    "reward": reward,
+                    "gold_reward": other,
+                }
+            )
+        return [{**row, "rollouts": [], "trace": [], "answers": answers[row["id"]]} for row in rows]
+
+    def _grade(self, text: str, problem: Problem) -> bool | None:
+        return None if problem.answer is None else bool(self.data.grade(text, problem.answer))
 
     def _row(
         self,
@@ -251,7 +281,7 @@ class Decoding(L.LightningModule):
             "completion": result.text,
             "answer": self.data.extract(result.text),
             "expected": problem.answer,
-            "correct": None if problem.answer is None else bool(self.data.grade(result.text, problem.answer)),
+            "correct": self._grade(result.text, problem),
             "finished": result.finished,
             "reward": reward,
             "gold_reward": judged["gold_reward"][index],
@@ -262,6 +292,7 @@ class Decoding(L.LightningModule):
             "accepted": result.accepted,
             "counts": result.counts,
             "trace": [asdict(edit) for edit in result.trace],
+            "curve": [plain_point(point) for point in curve_of(result, ledger, index)],
             "cost": {
                 "policy_calls": policy.calls,
                 "reward_calls": judge.calls,
@@ -286,7 +317,11 @@ def load_reward(
         policy = PolicyOptions(options.name, options.dtype, options.system_prompt, options.trust_remote_code)
         return LikelihoodReward(load_policy(policy, family=family, device=device, argument=argument))
     model, tokenizer = load_classifier(options, family=family, device=device, argument=argument)
-    return SequenceClassifierReward(model, tokenizer, system_prompt=options.system_prompt)
+    proposer = None
+    if options.taught is not None:
+        copy = replace(options, name=options.taught)
+        proposer, _ = load_classifier(copy, family=family, device=device, argument=f"model.{role}.taught")
+    return SequenceClassifierReward(model, tokenizer, system_prompt=options.system_prompt, proposer=proposer)
 
 
 def in_role(message: str, role: str) -> str:
@@ -321,23 +356,46 @@ def check_lengths(
                 )
 
 
+def curve_of(result: Decoded, ledger: Ledger, account: int) -> list[Point]:
+    """The decoder's curve; one point, its answer at its whole cost, where a decoder works in one step."""
+    if result.curve:
+        return result.curve
+    chosen = next(index for index, candidate in enumerate(result.rollouts) if candidate.ids == result.ids)
+    return [spent(ledger, account, rollouts=len(result.rollouts), chosen=chosen)]
+
+
+def plain_point(point: Point) -> list[float]:
+    """A point as a line has it: rollouts, FLOPs, sequential calls, seconds to the microsecond, and which rollout."""
+    return [point.rollouts, point.flops, point.sequential_calls, round(point.seconds, 6), point.chosen]
+
+
 @torch.no_grad()
-def judge_results(
-    judge: AbstractReward | None, problems: Sequence[Problem], results: Sequence[Decoded], *, role: str = "reward"
+def judge_completions(
+    judge: AbstractReward | None,
+    problems: Sequence[Problem],
+    completions: Sequence[Sequence[int]],
+    *,
+    role: str = "reward",
+    batch_size: int | None = None,
 ) -> list[float | None]:
-    """r(x, y) of final completions: evaluation, booked on no decoder's account."""
+    """r(x, y) of one completion for each entry of `problems`: evaluation, booked on no decoder's account."""
     if judge is None:
         return [None] * len(problems)
     device = next(judge.parameters()).device
-    rows = [torch.tensor(result.ids) for result in results]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-    rewards, _ = score_rollouts(problems, judge, ids, mask, Ledger(len(problems)))
-    for problem, value in zip(problems, rewards.tolist(), strict=True):
-        if not math.isfinite(value):
-            raise UserError(
-                f"{role}: expected finite scores, found {value} for problem {problem.id!r}. Check the weights, or use "
-                "float32."
-            )
-    return rewards.tolist()
+    values: list[float | None] = []
+    size = batch_size or len(problems)
+    for start in range(0, len(problems), size):
+        owners = problems[start : start + size]
+        rows = [torch.tensor(ids) for ids in completions[start : start + size]]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+        rewards, _ = score_rollouts(owners, judge, ids, mask, Ledger(len(owners)))
+        for problem, value in zip(owners, rewards.tolist(), strict=True):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"{role}: expected finite scores, found {value} for problem {problem.id!r}. Check the weights, or "
+                    "use float32."
+                )
+        values += rewards.tolist()
+    return values

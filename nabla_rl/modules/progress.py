@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 
 import lightning as L
 from rich.console import Console, RenderableType
@@ -27,10 +28,15 @@ class AccuracyBar(Progress):
 
 
 class DecodingProgress(L.Callback):
-    """Counts finished (problem, decoder) pairs and shows accuracies so far; resumed ones count as they are met."""
+    """Counts finished (problem, decoder) pairs and shows accuracies so far; resumed ones count as they are met.
 
-    def __init__(self, data: ProblemData, module: Decoding):
-        self.data, self.module = data, module
+    Args:
+        data: the problems.
+        runs: what decodes them, each with the label of its accuracy; None takes the decoders' own names.
+    """
+
+    def __init__(self, data: ProblemData, runs: Sequence[tuple[str | None, Decoding]]):
+        self.data, self.runs = data, runs
         self.graded: dict[str, list[bool]] = defaultdict(list)
         self.bar: AccuracyBar | None = None
 
@@ -47,17 +53,24 @@ class DecodingProgress(L.Callback):
             TimeRemainingColumn(),
             console=Console(stderr=True),
         )
-        self.task = self.bar.add_task("decoding", total=share * len(self.module.decoder_names))
+        total = share * sum(len(module.decoder_names) for _, module in self.runs)
+        self.task = self.bar.add_task("decoding", total=total)
         self.bar.start()
-        self.module.on_rows = self.show
+        for label, module in self.runs:
+            module.on_rows = partial(self.show, label)
 
-    def show(self, rows: list[dict]) -> None:
+    def describe(self, text: str) -> None:
+        """Say what is being worked on."""
+        if self.bar is not None:
+            self.bar.update(self.task, description=text)
+
+    def show(self, label: str | None, rows: list[dict]) -> None:
         """Take note of finished lines."""
         if self.bar is None:
             return
         for row in rows:
             if row["correct"] is not None:
-                self.graded[row["decoder"]].append(row["correct"])
+                self.graded[label or row["decoder"]].append(row["correct"])
         shares = (f"{name} {sum(right) / len(right):.2f}" for name, right in self.graded.items())
         self.bar.accuracies = "accuracy: " + "  ".join(shares) if self.graded else ""
         self.bar.update(self.task, advance=len(rows))

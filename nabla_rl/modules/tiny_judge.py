@@ -74,8 +74,9 @@ def corrupt(tokens: Sequence[int], alphabet: Sequence[int], rng: random.Random) 
     return [*tokens[:place], wrong, *tokens[place + 1 :]]
 
 
-FIRST_ERROR, AFTER_ERROR = 4.0, 0.1
-"""Weights of the loss at the first wrong token of a completion, and at those after it."""
+FIRST_ERROR, AFTER_ERROR, ANSWER = 4.0, 0.1, 4.0
+"""Weights of the loss at the first wrong token of a completion, at those after it, and at the end where answers are
+judged."""
 
 REPLACED = 0.25
 """Share of tokens replaced in agreement batches."""
@@ -109,8 +110,9 @@ class JudgedBatches(IterableDataset):
         seed: int,
         start: int,
         agreement_steps: int,
+        judge_answers: bool = False,
     ):
-        self.family, self.policy, self.base = family, policy, base
+        self.family, self.policy, self.base, self.judge_answers = family, policy, base, judge_answers
         self.batch_size, self.seed, self.start, self.agreement_steps = batch_size, seed, start, agreement_steps
         vocabulary = policy.tokenizer.get_vocab()
         self.alphabet = [vocabulary[t] for t in family.alphabet]
@@ -157,7 +159,7 @@ class JudgedBatches(IterableDataset):
         completions += [corrupt(right, self.alphabet, rng) for right in rights[half : half + quarter]]
         completions += rights[half + quarter :]
         rows = [
-            (prompt, completion, process_labels(completion, right))
+            (prompt, completion, self.label(completion, right))
             for prompt, completion, right in zip(prompts, completions, rights, strict=True)
         ]
         rng.shuffle(rows)
@@ -166,6 +168,17 @@ class JudgedBatches(IterableDataset):
         rng.shuffle(batches)
         return batches
 
+    def label(self, completion: list[int], right: list[int]) -> list[int]:
+        """Right so far, at every token; at the end token, where answers are judged, whether the answer is right.
+
+        Steps can go wrong and come back, and an outcome is about the answer.
+        """
+        labels = process_labels(completion, right)
+        if self.judge_answers and completion[-1] == right[-1]:
+            answer, wanted = (self.family.extract(self.policy.decode(ids)) for ids in (completion, right))
+            labels[-1] = int(answer == wanted)
+        return labels
+
     def collate(self, rows: list[JudgedRow]) -> dict[str, Tensor]:
         width = max(len(prompt) + len(completion) for prompt, completion, _ in rows)
         ids, labels = torch.zeros(len(rows), width, dtype=torch.int64), torch.full((len(rows), width), -100)
@@ -173,7 +186,11 @@ class JudgedBatches(IterableDataset):
             end = len(prompt) + len(completion)
             ids[row, :end] = torch.tensor(prompt + completion)
             labels[row, len(prompt) : end] = torch.tensor(label)
-        return {"input_ids": ids, "labels": labels, "weights": token_weights(labels)}
+        weights = token_weights(labels)
+        if self.judge_answers:
+            ends = [len(prompt) + len(completion) - 1 for prompt, completion, _ in rows]
+            weights[torch.arange(len(rows)), torch.tensor(ends)] = ANSWER
+        return {"input_ids": ids, "labels": labels, "weights": weights}
 
 
 def sample_completions(
@@ -204,9 +221,11 @@ class TinyJudge(L.LightningModule):
         max_steps: int = 1000,
         agreement_steps: int = 0,
         base_learning_rate: float = 2e-4,
+        judge_answers: bool = False,
         seed: int = 0,
     ):
         super().__init__()
+        self.judge_answers = judge_answers
         self.model, self.base, self.family = model, [base], family
         self.agreement_steps, self.base_learning_rate = agreement_steps, base_learning_rate
         self.policy = [policy]  # in a list: not a part of this module's weights
@@ -222,6 +241,7 @@ class TinyJudge(L.LightningModule):
             seed=self.seed,
             start=self.trainer.global_step,
             agreement_steps=self.agreement_steps,
+            judge_answers=self.judge_answers,
         )
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_index: int) -> None:

@@ -10,14 +10,16 @@ import lightning as L
 import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel
 
 from nabla_rl.data.tiny import FAMILIES, build_tokenizer
-from nabla_rl.models.loading import ASSETS, PolicyOptions, load_policy
+from nabla_rl.models.loading import ASSETS, PolicyOptions, RewardOptions, load_classifier, load_policy
 from nabla_rl.models.prompts import special_id
 from nabla_rl.modules.tiny import TinyPretraining
 from nabla_rl.modules.tiny_card import write_card
 from nabla_rl.modules.tiny_judge import TinyJudge, judge_from_language_model
+from nabla_rl.modules.tiny_taught import TinyTaught
+from nabla_rl.rewards.sequence_classifier import SequenceClassifierReward
 from nabla_rl.types import UserError
 
 
@@ -49,6 +51,22 @@ class JudgeOptions:
     """First steps, in which the fresh blocks alone learn whether a token is what the base would have written."""
     base_learning_rate: float = 2e-4
     """Peak step size of the base's weights after that; the fresh blocks have the model's learning_rate."""
+    start: str | None = None
+    """Judge to go on from, an embedded model or a folder; null: the base with fresh blocks."""
+    judge_answers: bool = False
+    """Label the end token by the answer, rather than by whether every step before it is right."""
+
+
+@dataclass(frozen=True)
+class TaughtOptions:
+    """What a judge is taught its gradient from."""
+
+    policy: str = "tiny-policy"
+    """Whose completions and alternatives it learns on: an embedded model or a folder."""
+    judge: str = "tiny-reward"
+    """The judge that is copied, and whose exact changes are to be predicted: an embedded model or a folder."""
+    alternatives: int = 8
+    """The policy's likeliest tokens that are tried at each position."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +81,8 @@ class TrainTinyOptions:
     """Size of a language model; a judge takes its base's."""
     judge: JudgeOptions | None = None
     """Set for a judge; null for a language model."""
+    taught: TaughtOptions | None = None
+    """Set for a judge that is taught its gradient."""
     max_steps: int = 1000
     """Optimiser steps."""
     stop_at: int | None = None
@@ -93,7 +113,7 @@ def train(options: TrainTinyOptions, *, run_dir: str | None = None, accelerator:
     family = FAMILIES[options.family]
     folder = Path(run_dir or Path("runs/train_tiny") / options.family / Path(options.name).name)
     L.seed_everything(options.seed, verbose=False)
-    module = _judge(options) if options.judge is not None else _language_model(options)
+    module = _module(options)
     bar = RichProgressBar()
     checkpoints = ModelCheckpoint(folder, every_n_train_steps=100, save_last=True, filename="{step}")
     trainer = L.Trainer(
@@ -121,6 +141,23 @@ def save(model: PreTrainedModel, output: Path) -> None:
         file.chmod(0o644)
 
 
+def _module(options: TrainTinyOptions) -> TinyPretraining | TinyJudge | TinyTaught:
+    if options.taught is not None:
+        return _taught(options, options.taught)
+    return _judge(options) if options.judge is not None else _language_model(options)
+
+
+def _taught(options: TrainTinyOptions, taught: TaughtOptions) -> TinyTaught:
+    cpu, family = torch.device("cpu"), options.family
+    policy = load_policy(PolicyOptions(taught.policy), family=family, device=cpu)
+    judge, tokenizer = load_classifier(RewardOptions(taught.judge), family=family, device=cpu)
+    proposer, _ = load_classifier(RewardOptions(taught.judge), family=family, device=cpu)
+    # fused attention has no second derivative
+    proposer.set_attn_implementation("eager")
+    reward = SequenceClassifierReward(judge, tokenizer, proposer=proposer)
+    return TinyTaught(reward, policy, FAMILIES[family], alternatives=taught.alternatives, **_schedule(options))
+
+
 def _language_model(options: TrainTinyOptions) -> TinyPretraining:
     family, shape = FAMILIES[options.family], options.shape
     tokenizer = build_tokenizer(family)
@@ -146,13 +183,20 @@ def _judge(options: TrainTinyOptions) -> TinyJudge:
     policy = load_policy(PolicyOptions(options.judge.policy), family=options.family, device=cpu)
     base = load_policy(PolicyOptions(options.judge.base), family=options.family, device=cpu).backbone.model
     assert isinstance(base, LlamaForCausalLM)
+    if options.judge.start is None:
+        judge = judge_from_language_model(base, options.judge.extra_layers)
+    else:
+        judge, _ = load_classifier(RewardOptions(options.judge.start), family=options.family, device=cpu)
+        assert isinstance(judge, LlamaForSequenceClassification)
+        judge.requires_grad_(True)
     return TinyJudge(
-        judge_from_language_model(base, options.judge.extra_layers),
+        judge,
         base,
         policy,
         FAMILIES[options.family],
         agreement_steps=options.judge.agreement_steps,
         base_learning_rate=options.judge.base_learning_rate,
+        judge_answers=options.judge.judge_answers,
         **_schedule(options),
     )
 

@@ -7,9 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nabla_rl.report.table import DEFAULT_COLUMNS, Row, column_title, format_cell, is_missing, present_columns
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _TRACE_COLUMNS = (
     "position",
@@ -61,6 +64,13 @@ def write_report(
     Returns:
         The path written.
     """
+    return write_page(
+        path, title, [_figure(summary), _summary_table(summary, columns), _samples(results, max_problems)]
+    )
+
+
+def write_page(path: str | Path, title: str, contents: Iterable[str]) -> Path:
+    """Write a page of that title with pieces of HTML in its body; empty pieces leave no trace."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = [
@@ -69,9 +79,7 @@ def write_report(
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>",
-        _figure(summary),
-        _summary_table(summary, columns),
-        _samples(results, max_problems),
+        *contents,
         "</body>\n</html>\n",
     ]
     unfinished = path.with_name(path.name + ".tmp")
@@ -83,10 +91,15 @@ def write_report(
 def _summary_table(summary: Sequence[Row], columns: Sequence[str]) -> str:
     if not summary:
         return '<p class="note">No summary: the run finished no problem.</p>'
-    columns = present_columns(summary, columns)
-    return "<h2>Summary</h2>\n" + _table(
+    return "<h2>Summary</h2>\n" + rows_table(summary, columns)
+
+
+def rows_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """Rows as a table of those columns that say something."""
+    columns = present_columns(rows, columns)
+    return _table(
         [column_title(column) for column in columns],
-        [([format_cell(row, column) for column in columns], "") for row in summary],
+        [([format_cell(row, column) for column in columns], "") for row in rows],
     )
 
 
@@ -104,15 +117,20 @@ def _figure(summary: Sequence[Row]) -> str:
     rows = [row for row in summary if not is_missing(row.get("accuracy"))]
     if not rows:
         return ""
-    label = "Accuracy of each decoder with its 95% interval, alone and against FLOPs"
-    svg = _accuracy_svg(rows).replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
+    return figure_block(_accuracy_svg(rows), "Accuracy of each decoder with its 95% interval, alone and against FLOPs")
+
+
+def figure_block(svg: str, label: str) -> str:
+    """A picture with the line that says what it shows, to the eye and to a screen reader."""
+    # The XML prologue has no place within HTML.
+    svg = svg[svg.index("<svg ") :].rstrip()
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
     return f'<figure>\n{svg}\n<figcaption class="note">{escape(label)}.</figcaption>\n</figure>'
 
 
 def _accuracy_svg(rows: Sequence[Row]) -> str:
     """Left: a bar per decoder with its interval. Right, if FLOPs are known: accuracy against them, on a log axis."""
     # Slow to import, and only this picture needs it. No pyplot: it keeps global state and may look for a display.
-    import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -149,12 +167,16 @@ def _accuracy_svg(rows: Sequence[Row]) -> str:
         plane.set(xscale="log", xlabel="FLOPs", ylabel="accuracy", ylim=(0, 1))
         plane.margins(x=0.25)
         plane.grid(alpha=0.3)
-    # Fixed ids and no date: the same run writes the same page.
+    return svg_text(figure)
+
+
+def svg_text(figure: Figure) -> str:
+    """A figure as an SVG file. Fixed ids and no date: the same run writes the same picture."""
+    import matplotlib
+
     with matplotlib.rc_context({"svg.hashsalt": "nabla_rl"}), StringIO() as buffer:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-        text = buffer.getvalue()
-    # The XML prologue has no place within HTML.
-    return text[text.index("<svg ") :].rstrip()
+        return buffer.getvalue()
 
 
 def _samples(results: Iterable[Mapping[str, Any]], max_problems: int) -> str:

@@ -55,14 +55,14 @@ class RunFolder:
         self.config_hash = blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=6).hexdigest()
         name = "results.jsonl" if world_size == 1 else f"results.rank{rank}.jsonl"
         self.file = self.path / name
-        with _as_user_error(self.path):
+        with as_user_error(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             # a folder that is refused is left as it is
             if any(file.is_file() and file.stat().st_size for file in self._files()):
                 self._check_config()
             self.rows = self._read()
             _repair(self.file)
-            _write_atomically(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
+            write_atomically(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
 
     def _files(self) -> list[Path]:
         return [self.path / "results.jsonl", *sorted(self.path.glob("results.rank*.jsonl"))]
@@ -123,7 +123,7 @@ class RunFolder:
         new = [row for row in rows if (row["id"], row["decoder"]) not in self.rows]
         if not new:
             return
-        with _as_user_error(self.path), self.file.open("a", encoding="utf-8") as file:
+        with as_user_error(self.path), self.file.open("a", encoding="utf-8") as file:
             file.write("".join(_line(row) for row in new))
             file.flush()
             os.fsync(file.fileno())
@@ -135,20 +135,20 @@ class RunFolder:
         decoders = list(decoders)
         keys = [(key, decoder) for key in ids for decoder in decoders]
         ordered = [self.rows[key] for key in keys if key in self.rows]
-        with _as_user_error(self.path):
-            _write_atomically(self.path / "results.jsonl", "".join(map(_line, ordered)))
+        with as_user_error(self.path):
+            write_atomically(self.path / "results.jsonl", "".join(map(_line, ordered)))
         for file in self.path.glob("results.rank*.jsonl"):
             file.unlink()
         return ordered
 
     def write_json(self, name: str, value: Any) -> Path:
         """Write a JSON file whole or not at all."""
-        with _as_user_error(self.path):
-            return _write_atomically(self.path / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        with as_user_error(self.path):
+            return write_atomically(self.path / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextmanager
-def _as_user_error(path: Path) -> Iterator[None]:
+def as_user_error(path: Path) -> Iterator[None]:
     """A folder that cannot be made, read or written is an error of the input."""
     try:
         yield
@@ -186,10 +186,18 @@ def _repair(file: Path) -> None:
             handle.truncate(good)
 
 
-def _write_atomically(file: Path, text: str) -> Path:
+def write_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Write `config.yaml` into a folder, which is made when missing."""
+    with as_user_error(path):
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomically(path / "config.yaml", yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False))
+
+
+def write_atomically(file: Path, content: str | bytes) -> Path:
+    """Write a file whole or not at all."""
     partial = file.with_name(f".{file.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as handle:
-        handle.write(text)
+    with partial.open("wb") as handle:
+        handle.write(content.encode() if isinstance(content, str) else content)
         handle.flush()
         os.fsync(handle.fileno())
     partial.replace(file)

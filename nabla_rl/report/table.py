@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,10 @@ DEFAULT_COLUMNS = (
 )
 """`accuracy` shows `accuracy_low` and `accuracy_high` beside it."""
 
-_DECIMALS = {"mean_reward": 3, "gold_reward": 3, "acceptance_rate": 3, "seconds": 1}
+_DECIMALS = {"mean_reward": 3, "reward": 3, "gold_reward": 3, "acceptance_rate": 3}
+_NAMES = ("decoder", "variant")
+_WITH_INTERVAL = ("accuracy", "difference")
+_POWERS = ("flops", "budget_flops", "baseline_flops")
 
 
 def is_missing(value: object) -> bool:
@@ -41,7 +45,7 @@ def format_cell(row: Row, column: str) -> str:
 
     Args:
         row: a decoder's summary.
-        column: a key of it; `accuracy` takes its interval along.
+        column: a key of it; `accuracy` and `difference` take their intervals along.
 
     Returns:
         The text, "–" where nothing is known.
@@ -63,8 +67,16 @@ def format_cell(row: Row, column: str) -> str:
         low, high = row.get("accuracy_low"), row.get("accuracy_high")
         interval = "" if is_missing(low) or is_missing(high) else f" [{low:.2f}, {high:.2f}]"
         return f"{value:.3f}{interval}"
-    if column == "flops":
+    if column == "difference":
+        low, high = row.get("difference_low"), row.get("difference_high")
+        interval = "" if is_missing(low) or is_missing(high) else f" [{low:+.3f}, {high:+.3f}]"
+        return f"{value:+.3f}{interval}"
+    if column in _POWERS:
         return f"{value:.1e}" if value else "0"
+    if column.endswith("_p"):
+        return f"{value:.2g}" if value >= 1e-4 else "<1e-4"
+    if column == "seconds":
+        return f"{value:,.1f}" if value >= 10 else f"{value:.3g}"
     if column in _DECIMALS:
         return f"{value:,.{_DECIMALS[column]}f}"
     # Counts, or means of counts.
@@ -78,7 +90,7 @@ def present_columns(rows: Sequence[Row], columns: Sequence[str] = DEFAULT_COLUMN
 
 def column_title(column: str) -> str:
     """A column's heading: its key in words."""
-    return "FLOPs" if column == "flops" else column.replace("_", " ")
+    return re.sub(r"\bflops\b", "FLOPs", column.replace("_", " "))
 
 
 def format_table(rows: Sequence[Row], columns: Sequence[str] = DEFAULT_COLUMNS, *, title: str | None = None) -> Table:
@@ -95,8 +107,9 @@ def format_table(rows: Sequence[Row], columns: Sequence[str] = DEFAULT_COLUMNS, 
     # A Text, unlike a string, is taken literally: a decoder called "[red]" is not markup.
     table = Table(title=None if title is None else Text(title))
     for column in columns:
-        left = column == "decoder"
-        table.add_column(Text(column_title(column)), justify="left" if left else "right", no_wrap=left)
+        left = column in _NAMES
+        whole = left or column in _WITH_INTERVAL
+        table.add_column(Text(column_title(column)), justify="left" if left else "right", no_wrap=whole)
     for row in rows:
         table.add_row(*(Text(format_cell(row, column)) for column in columns))
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from nabla_rl.ledger import Ledger
-from nabla_rl.models.backbone import Encoded, Prefix
+from nabla_rl.models.backbone import Encoded, Prefix, Track
 from nabla_rl.types import UserError
 
 
@@ -64,6 +65,48 @@ class AbstractProcessReward(AbstractReward):
     @abstractmethod
     def values(self, prefix: Prefix, ids: Tensor, mask: Tensor) -> Tensor:
         """V(y_≤i): what the judge thinks of the completion up to and including token i, (batch, length) float32."""
+
+    @abstractmethod
+    def read(self, prefix: Prefix, ids: Tensor, mask: Tensor) -> Encoded:
+        """Read hard completions (batch, length), right padded, complete or not: no outcome is asked for."""
+
+    @abstractmethod
+    def encoded_values(self, encoded: Encoded) -> Tensor:
+        """V(y_≤i) of completions that `read` or `score` has read, (batch, length) float32. No transformer pass."""
+
+    @abstractmethod
+    def fork_values(self, tracks: Sequence[Track], positions: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """V(y_<i, v): the value of each completion with its token i replaced by v, nothing after it, exactly.
+
+        Args:
+            tracks: completions that `score` has read.
+            positions: (batch, n), the i of each replacement.
+            ids: (batch, n), its v.
+            mask: (batch, n), True at real ones.
+
+        Returns:
+            (batch, n) float32.
+        """
+
+    @abstractmethod
+    def fork_changes(
+        self, tracks: Sequence[Track], positions: Tensor, ids: Tensor, mask: Tensor, alternatives: Tensor
+    ) -> Tensor:
+        """V(y_<i, v) - V(y_≤i) to first order in y_i: g_i[v] - g_i[y_i] with the own-token gradient g_i = ∂V_i/∂y_i.
+
+        One forward and one backward of one token a position, however many alternatives there are; what other positions
+        contribute is held fixed.
+
+        Args:
+            tracks: completions that `score` has read.
+            positions: (batch, n), the i of each gradient.
+            ids: (batch, n), the tokens y_i at which it is taken.
+            mask: (batch, n), True at real ones.
+            alternatives: (batch, n, k), the v of each position.
+
+        Returns:
+            (batch, n, k) float32.
+        """
 
 
 def check_shared_vocabulary(policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from nabla_rl.functional.energy import expected_logps
 from nabla_rl.functional.logps import upcast
 from nabla_rl.ledger import Ledger
-from nabla_rl.models.backbone import Prefix
+from nabla_rl.models.backbone import Encoded, Prefix, Track
 from nabla_rl.models.policy import Policy
 from nabla_rl.rewards.base import AbstractProcessReward, Scored
 
@@ -45,18 +48,51 @@ class LikelihoodReward(AbstractProcessReward):
 
     @torch.no_grad()
     def score(self, prefix: Prefix, ids: Tensor, mask: Tensor) -> Scored:
+        encoded = self.read(prefix, ids, mask)
+        return Scored(_sums(encoded)[:, -1], encoded)
+
+    @torch.no_grad()
+    def read(self, prefix: Prefix, ids: Tensor, mask: Tensor) -> Encoded:
         encoded = self.judge.backbone.encode(prefix, ids, mask)
         self.judge.backbone.record_head(prefix, mask.sum(-1))
         logps = self._per_token(encoded.hidden[:, :-1], ids, mask)
         before = _earned(prefix)[:, None]
         encoded.earned = torch.cat([before, before + logps.cumsum(-1)], 1)
-        return Scored(before.squeeze(1) + logps.sum(-1), encoded)
+        return encoded
 
     @torch.no_grad()
     def values(self, prefix: Prefix, ids: Tensor, mask: Tensor) -> Tensor:
         encoded = self.judge.backbone.encode(prefix, ids[:, :-1], mask[:, 1:])
         self.judge.backbone.record_head(prefix, mask.sum(-1))
         return _earned(prefix)[:, None] + self._per_token(encoded.hidden, ids, mask).cumsum(-1)
+
+    @torch.no_grad()
+    def encoded_values(self, encoded: Encoded) -> Tensor:
+        return _sums(encoded)[:, 1:]
+
+    @torch.no_grad()
+    def fork_values(self, tracks: Sequence[Track], positions: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """No pass at all: V(y_<i, v) is what was earned before i and log π_strong(v | x, y_<i)."""
+        log_probs, earned = self._before(tracks, positions, mask)
+        return earned + log_probs.gather(-1, ids[..., None]).squeeze(-1)
+
+    @torch.no_grad()
+    def fork_changes(
+        self, tracks: Sequence[Track], positions: Tensor, ids: Tensor, mask: Tensor, alternatives: Tensor
+    ) -> Tensor:
+        """Exact: V_i is linear in y_i, with gradient log π_strong(· | x, y_<i)."""
+        log_probs, _ = self._before(tracks, positions, mask)
+        return log_probs.gather(-1, alternatives) - log_probs.gather(-1, ids[..., None])
+
+    def _before(self, tracks: Sequence[Track], positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """log π_strong(· | x, y_<i) and what y_<i has earned, at each position."""
+        at = [row[: int(n)] for row, n in zip(positions - tracks[0].start, mask.sum(-1), strict=True)]
+        hidden = pad_sequence([t.hidden[rows] for t, rows in zip(tracks, at, strict=True)], batch_first=True)
+        earned = pad_sequence([_sums(t)[rows] for t, rows in zip(tracks, at, strict=True)], batch_first=True)
+        problems = torch.tensor([track.problem for track in tracks])
+        backbone, count = self.judge.backbone, mask.sum(-1)
+        tracks[0].ledger.record("reward", "forward", problems, count, backbone.formula.head(count), is_pass=False)
+        return self.judge.logits(hidden).log_softmax(-1), earned
 
     def _per_token(self, hidden: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         logps = self.judge.logits(hidden).log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
@@ -66,3 +102,8 @@ class LikelihoodReward(AbstractProcessReward):
 def _earned(prefix: Prefix) -> Tensor:
     assert prefix.earned is not None
     return prefix.earned
+
+
+def _sums(read: Track | Encoded) -> Tensor:
+    assert read.earned is not None
+    return read.earned

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nabla_rl.functional.logps import upcast
 from nabla_rl.ledger import Ledger
-from nabla_rl.models.backbone import Backbone, Encoded, Prefix
+from nabla_rl.models.backbone import Backbone, Encoded, Prefix, Track
 from nabla_rl.models.prompts import encode_judged
 from nabla_rl.rewards.base import AbstractProcessReward, Scored
 from nabla_rl.types import UserError
@@ -23,10 +25,17 @@ class SequenceClassifierReward(AbstractProcessReward):
         model: a Hugging Face causal sequence classifier with one label.
         tokenizer: its tokenizer; its own chat template writes the conversation where there is one.
         system_prompt: the system turn of that template.
+        proposer: a copy of the model that was taught its gradient (`nabla_rl.modules.tiny_taught`); where there is
+            one, first-order changes are its, on top of what the untaught model has encoded.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, system_prompt: str | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        system_prompt: str | None = None,
+        proposer: PreTrainedModel | None = None,
     ):
         super().__init__()
         if model.config.num_labels != 1 or "score" not in dict(model.named_children()):
@@ -35,6 +44,7 @@ class SequenceClassifierReward(AbstractProcessReward):
                 f"{type(model).__name__} with {model.config.num_labels} labels. Take a reward model."
             )
         self.backbone = Backbone(model, "reward")
+        self.proposer = None if proposer is None else Backbone(proposer, "reward")
         self.tokenizer, self.system_prompt = tokenizer, system_prompt
         self.tail = encode_judged(tokenizer, "?", system_prompt=system_prompt)[1]
 
@@ -65,6 +75,48 @@ class SequenceClassifierReward(AbstractProcessReward):
         self.backbone.record_head(prefix, mask.sum(-1))
         return self._head(encoded.hidden[:, 1:])
 
+    @torch.no_grad()
+    def read(self, prefix: Prefix, ids: Tensor, mask: Tensor) -> Encoded:
+        return self.backbone.encode(prefix, ids, mask)
+
+    @torch.no_grad()
+    def encoded_values(self, encoded: Encoded) -> Tensor:
+        self.backbone.record_head(encoded.prefix, encoded.mask.sum(-1))
+        return self._head(encoded.hidden[:, 1:])
+
+    @torch.no_grad()
+    def fork_values(self, tracks: Sequence[Track], positions: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        prefix, depths = _cut(tracks, positions, mask)
+        hidden = self.backbone.encode_forks(prefix, depths, self.backbone.weight[ids], mask)
+        self.backbone.record_head(prefix, mask.sum(-1))
+        return self._head(hidden)
+
+    @torch.enable_grad()
+    def fork_changes(
+        self,
+        tracks: Sequence[Track],
+        positions: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        alternatives: Tensor,
+        *,
+        create_graph: bool = False,
+    ) -> Tensor:
+        """As in the base class; `create_graph` keeps the graph, to teach the proposer its gradient."""
+        prefix, depths = _cut(tracks, positions, mask)
+        reader = self.proposer or self.backbone
+        weight, count, formula = reader.weight, mask.sum(-1), reader.formula
+        embeds = weight[ids].detach().requires_grad_()
+        hidden = reader.encode_forks(prefix, depths, embeds, mask)
+        reader.record_head(prefix, count)
+        reader.book_backward(hidden, prefix, count, formula.head(count), is_pass=False)
+        values = upcast(reader.model.get_submodule("score")(hidden)).squeeze(-1).masked_fill(~mask, 0.0)
+        (gradient,) = torch.autograd.grad(values.sum(), embeds, create_graph=create_graph)
+        products = formula.soft_embedding(count, alternatives.shape[-1])
+        prefix.ledger.record("reward", "backward", prefix.problems, count, products, is_pass=False)
+        difference = weight[alternatives] - weight[ids][:, :, None]
+        return upcast(torch.einsum("bnh,bnkh->bnk", gradient, difference))
+
     def _finish(self, encoded: Encoded) -> Tensor:
         """Read the template's closing tokens, where there are any, and score the last token."""
         if self.tail:
@@ -86,3 +138,11 @@ class SequenceClassifierReward(AbstractProcessReward):
                 "reward: expected finite scores, found NaN or infinity. Check the weights, or use float32."
             )
         return value
+
+
+def _cut(tracks: Sequence[Track], positions: Tensor, mask: Tensor) -> tuple[Prefix, Tensor]:
+    """What forks at `positions` see of the tracks, as a batch, and how deep the forks stand in it."""
+    last = positions.masked_fill(~mask, 0).amax(-1).tolist()
+    prefix = Prefix.cat([track.prefix_at(at) for track, at in zip(tracks, last, strict=True)])
+    before = torch.tensor([track.before for track in tracks], device=positions.device)
+    return prefix, positions + before[:, None]

@@ -8,7 +8,18 @@ import pytest
 import torch
 
 from nabla_rl.data.problems import Problem, extract_line
-from nabla_rl.decoding import AbstractDecoder, BestOfN, Decoded, Greedy, Nabla, Sample, Sampling, SelfConsistency
+from nabla_rl.decoding import (
+    MCTS,
+    AbstractDecoder,
+    BeamSearch,
+    BestOfN,
+    Decoded,
+    Greedy,
+    Nabla,
+    Sample,
+    Sampling,
+    SelfConsistency,
+)
 from nabla_rl.dto import DTOConfig
 from nabla_rl.ledger import Ledger
 from nabla_rl.models.policy import Policy
@@ -31,6 +42,10 @@ DECODERS: dict[str, AbstractDecoder] = {
     "best_of_n-energy": BestOfN(n=4, sampling=SAMPLING),
     "best_of_n-reward": BestOfN(n=4, choose_by="reward", sampling=SAMPLING),
     "best_of_n-vote": BestOfN(n=4, choose_by="weighted_vote", sampling=SAMPLING, extract=extract_line),
+    "beam-token": BeamSearch(width=3, expand=3, step="token", sampling=SAMPLING),
+    "beam-line": BeamSearch(width=3, expand=2, step_tokens=3, score="reward", sampling=SAMPLING, seed=2),
+    "mcts-line": MCTS(iterations=6, branching=2, step_tokens=3, sampling=SAMPLING),
+    "mcts-token": MCTS(iterations=6, branching=2, step="token", selection="uct", sampling=SAMPLING),
     "nabla": NABLA,
     "nabla-published": PUBLISHED,
     "nabla-support": replace(NABLA, support=4),
@@ -42,6 +57,7 @@ DECODERS: dict[str, AbstractDecoder] = {
     "nabla-nucleus": replace(NABLA, sampling=Sampling(0.7, 0.9, 8), resample_temperature=0.7, resample_top_p=0.9),
 }
 NABLAS = [name for name in DECODERS if name.startswith("nabla")]
+SEARCHES = [*NABLAS, "beam-token", "beam-line", "mcts-line", "mcts-token"]
 
 
 def decode(
@@ -115,7 +131,7 @@ REWARDS = {
 
 @pytest.mark.parametrize("template", [False, True])
 @pytest.mark.parametrize("kind", REWARDS)
-@pytest.mark.parametrize("name", [*NABLAS, "best_of_n-energy"])
+@pytest.mark.parametrize("name", [*SEARCHES, "best_of_n-energy"])
 def test_every_rollout_is_what_a_fresh_computation_says(name: str, kind: str, template: bool):
     """log π(y|x) and r(x, y) of every rollout equal those of the whole sequence, computed without a cache."""
     tokenizer = toys.chat_tokenizer() if template else toys.tokenizer()
@@ -148,13 +164,14 @@ def test_every_rollout_is_what_a_fresh_computation_says(name: str, kind: str, te
 
 
 def test_best_of_one_is_the_sample():
-    """Best-of-1, self-consistency with 1, and ∇-Reasoner with one rollout give the plain sample."""
+    """Best-of-1, self-consistency with 1, and ∇-Reasoner and tree search with one rollout give the plain sample."""
     problems = toys.problems(6)
     samples, _ = decode(Sample(SAMPLING, seed=4), problems)
     for decoder in (
         BestOfN(n=1, sampling=SAMPLING, seed=4),
         SelfConsistency(n=1, sampling=SAMPLING, seed=4),
         replace(NABLA, max_rollouts=1, seed=4),
+        MCTS(iterations=1, sampling=SAMPLING, seed=4),
     ):
         found, _ = decode(decoder, problems)
         assert [r.ids for r in found] == [s.ids for s in samples]
@@ -182,7 +199,7 @@ def test_the_best_is_chosen():
         assert -result.reward / 0.5 - result.logps == pytest.approx(min(energies))
 
 
-@pytest.mark.parametrize("name", ["best_of_n-energy", "nabla"])
+@pytest.mark.parametrize("name", ["best_of_n-energy", "nabla", "beam-token", "mcts-line"])
 def test_a_decoder_that_needs_a_reward_says_so(name: str):
     """Without a reward model the refusal names the decoder and the argument."""
     with pytest.raises(UserError, match="expected a reward model, found none. Pass --model.reward.name"):

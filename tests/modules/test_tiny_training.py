@@ -10,11 +10,12 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nabla_rl.data.tiny import SORTING, build_tokenizer
+from nabla_rl.data.tiny import SORTING, WORDS, build_tokenizer
 from nabla_rl.models.policy import Policy
 from nabla_rl.modules.tiny import SolutionBatches, TinyPretraining, warmup_stable_decay
 from nabla_rl.modules.tiny_judge import (
     AFTER_ERROR,
+    ANSWER,
     FIRST_ERROR,
     JudgedBatches,
     TinyJudge,
@@ -96,6 +97,23 @@ def test_labels_fall_at_the_first_error_and_weights_mark_it():
     assert process_labels([5, 6, 7], [5, 6]) == [1, 1, 0]
     weights = token_weights(torch.tensor([[-100, 1, 1, 0, 0, 0]]))
     assert torch.equal(weights, torch.tensor([[1.0, 1.0, 1.0, FIRST_ERROR, AFTER_ERROR, AFTER_ERROR]]))
+
+
+def test_where_answers_are_judged_the_end_token_is_about_the_answer():
+    """Steps that go wrong and come back: wrong from the slip on, and right at the end."""
+    model, tokenizer = language_model(), build_tokenizer(WORDS)
+    right = [*tokenizer("9-2=7\n7-1=6\n\\boxed{6}", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    back = [*tokenizer("9-2=5\n5-1=6\n\\boxed{6}", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    wrong = [*tokenizer("9-2=5\n5-1=4\n\\boxed{4}", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    for judge_answers, at_the_end in ((False, 0), (True, 1)):
+        batches = JudgedBatches(
+            WORDS, Policy(model, tokenizer), model, batch_size=4, seed=0, start=0, agreement_steps=0,
+            judge_answers=judge_answers,
+        )  # fmt: skip
+        assert batches.label(back, right) == [1] * 4 + [0] * (len(back) - 5) + [at_the_end]
+        assert batches.label(wrong, right)[-1] == 0 and batches.label(right, right)[-1] == 1
+        batch = batches.collate([([1, 2], back, batches.label(back, right))])
+        assert batch["weights"][0, -1] == (ANSWER if judge_answers else AFTER_ERROR)
 
 
 def test_schedule_warms_up_holds_and_falls_to_zero():

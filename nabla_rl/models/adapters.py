@@ -1,0 +1,176 @@
+"""LoRA adapters of a policy by PEFT: put in, switched off (the reference), saved with a card, loaded for decoding."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from nabla_rl.models.flops import FlopFormula
+from nabla_rl.models.policy import Policy
+from nabla_rl.types import UserError
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """The adapter: W + (lora_alpha / r) B A with B = 0 at the start (Hu et al., 2021, Eq. 3; PEFT's names)."""
+
+    r: int = 16
+    """Rank."""
+    lora_alpha: int = 32
+    """Scale: the update is multiplied by lora_alpha / r."""
+    target_modules: list[str] | str = ALL_LINEAR
+    """Names (or ends of names) of the linear layers that get one; all-linear: all but the output layer."""
+
+    def __post_init__(self) -> None:
+        """Check the values in the spelling of the command line."""
+        for name in ("r", "lora_alpha"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--model.lora.{name}: expected at least 1, found {getattr(self, name)}.")
+
+    @property
+    def targets(self) -> list[str] | str:
+        """A single name is a list of one."""
+        single = isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR
+        return [self.target_modules] if single else self.target_modules  # pyright: ignore
+
+    def to_peft(self, base_name: str | None = None) -> LoraConfig:
+        """As PEFT wants it. No dropout: the law that is sampled must be the law that is scored."""
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=self.lora_alpha,
+            target_modules=self.targets,
+            lora_dropout=0.0,
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=base_name,
+        )
+
+
+class Adapter:
+    """The LoRA matrices inside a policy, the only weights of it that train.
+
+    The policy's own passes (rollouts, scores) go through the matrices from now on; within `disabled()` the same
+    policy is its own reference, without a second copy of the weights.
+
+    Attributes:
+        peft: the PEFT model around the policy's. It is no part of the policy: their modules are the same.
+        num_weights: trainable weights.
+    """
+
+    def __init__(self, policy: Policy, peft: PeftModel):
+        self.policy, self.peft = policy, peft
+        self.num_weights = sum(weight.numel() for weight in self.parameters())
+        policy.backbone.formula = FlopFormula.of(policy.backbone.model)
+        self._start = self.state()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable weights."""
+        return [weight for weight in self.peft.parameters() if weight.requires_grad]
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within, the policy is the reference."""
+        with self.peft.disable_adapter():
+            yield
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of the weights on the CPU, by PEFT's names."""
+        return {name: w.detach().cpu().clone() for name, w in get_peft_model_state_dict(self.peft).items()}
+
+    def changed(self) -> bool:
+        """Do any weights differ from what they were when the adapter was put in?"""
+        now = self.state()
+        return any(not torch.equal(now[name], weight) for name, weight in self._start.items())
+
+    def save(self, folder: str | Path, card: str) -> Path:
+        """Write the adapter as `PeftModel.from_pretrained` and vLLM read it, with `card` as its README.md.
+
+        Raises:
+            UserError: no weight has changed (there is nothing to save), or one is not finite.
+        """
+        folder = Path(folder)
+        if not self.changed():
+            raise UserError(
+                f"adapter: expected weights that training has changed, found none changed, so nothing is saved in "
+                f"{folder}. Take more steps, a larger --model.rl.learning_rate, or a reward that tells completions "
+                "apart."
+            )
+        if not all(torch.isfinite(weight).all() for weight in self.parameters()):
+            raise UserError(
+                f"adapter: expected finite weights, found NaN or infinity, so nothing is saved in {folder}. Lower "
+                "--model.rl.learning_rate."
+            )
+        self.peft.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        for file in folder.iterdir():
+            file.chmod(0o644)
+        return folder
+
+
+def attach_adapter(policy: Policy, options: LoraOptions, *, seed: int = 0, base_name: str | None = None) -> Adapter:
+    """Put fresh LoRA matrices into a policy, drawn from `seed` alone.
+
+    Raises:
+        UserError: a target matches no linear layer, or is the output layer.
+    """
+    model = policy.backbone.model
+    check_targets(model, options.targets)
+    config = options.to_peft(base_name)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads names that transformers is leaving behind
+        torch.manual_seed(seed)
+        return Adapter(policy, get_peft_model(model, config))  # pyright: ignore
+
+
+def check_targets(model: PreTrainedModel, targets: Sequence[str] | str) -> None:
+    """Refuse targets that match nothing, with the names that there are."""
+    if targets == ALL_LINEAR:
+        return
+    head = model.get_output_embeddings()
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    if not targets:
+        raise UserError("--model.lora.target_modules: expected at least one name, found none. Use all-linear.")
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise UserError(
+                f"--model.lora.target_modules: expected names of linear layers below the output layer ({known}), "
+                f"found {target!r}, which matches none. Use some of them, or all-linear."
+            )
+
+
+def merge_adapter(model: PreTrainedModel, folder: str, *, argument: str = "model.policy.adapter") -> PreTrainedModel:
+    """The model with a saved adapter added to its weights: decoding then costs what it did without.
+
+    Raises:
+        UserError: there is no adapter in the folder, or it belongs to another model.
+    """
+    missing = [name for name in FILES if not (Path(folder) / name).is_file()]
+    if missing:
+        raise UserError(
+            f"--{argument}: expected a PEFT adapter folder, found no {missing[0]} in '{folder}'. Give the adapter/ "
+            "folder of an align run."
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            merged = PeftModel.from_pretrained(model, folder).merge_and_unload()  # pyright: ignore
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        found = next((line.strip() for line in lines if "size mismatch" in line), lines[0])[:200]
+        raise UserError(
+            f"--{argument}: expected an adapter of this policy, found '{folder}', which does not fit ({found}). Take "
+            "the policy that it was trained on."
+        ) from error
+    return merged
