@@ -42,11 +42,12 @@ bench: $(VENV)/.installed-test  ## run the files of benchmarks/, one after the o
 	  echo "== $$file"; $(OFFLINE) $(PYTHON) "$$file" $(ARGS) || exit 1; \
 	done
 
-MODELS := tiny-strong tiny-policy tiny-student gold-base tiny-reward tiny-gold
+MODELS := tiny-strong tiny-policy tiny-student gold-base reward-steps tiny-reward gold-steps tiny-gold tiny-taught
 
 models: $(VENV)/.installed  ## train the embedded tiny models of both families anew, then measure their cards (hours on two cores)
 	@for family in sorting words; do \
 	  for model in $(MODELS); do \
+	    [ -e configs/train_tiny/$$family/$$model.yaml ] || continue; \
 	    echo "== $$family/$$model"; \
 	    $(OFFLINE) $(PYTHON) scripts/train_tiny.py --config configs/train_tiny/$$family/$$model.yaml $(ARGS) || exit 1; \
 	  done; \

@@ -25,12 +25,14 @@ from nabla_rl.metrics import wilson_interval
 from nabla_rl.models.loading import PolicyOptions, RewardOptions, load_classifier, load_policy
 from nabla_rl.models.policy import Policy
 from nabla_rl.modules.tiny_judge import process_labels
+from nabla_rl.modules.tiny_taught import TaughtBatches, rank_correlation
 from nabla_rl.rewards.base import AbstractProcessReward
 from nabla_rl.rewards.likelihood import LikelihoodReward
 from nabla_rl.rewards.sequence_classifier import SequenceClassifierReward
 
 NUM_GENERATIONS = 64
 BATCH = 16
+FORKED = 64
 CPU = torch.device("cpu")
 
 
@@ -80,6 +82,7 @@ def write_card(family: Family, folder: Path, *, num_problems: int) -> str:
         / samples.correct.sum().item(),
         "process_auc": {n: binary_auroc(v, samples.labels.long()).item() for n, v in samples.values.items()},
         "best_of_n": best_of_n(samples),
+        "first_order": {name: first_order(family, policy, taught) for name, taught in proposers(family).items()},
     }
     (folder / "card.json").write_text(json.dumps(figures, indent=2) + "\n")
     text = render(figures, folder)
@@ -125,6 +128,44 @@ def draw(family: Family, problems: list[Problem], policy: Policy, judges: dict[s
         {name: torch.cat(parts).double().view(shape) for name, parts in rewards.items()},
         {name: torch.cat(parts) for name, parts in values.items()},
     )
+
+
+def proposers(family: Family) -> dict[str, SequenceClassifierReward]:
+    """tiny-reward, proposing by its own gradient, and by that of the copy that was taught."""
+    judge, tokenizer = load_classifier(RewardOptions("tiny-reward"), family=family.name, device=CPU)
+    taught, _ = load_classifier(RewardOptions("tiny-taught"), family=family.name, device=CPU)
+    return {
+        "tiny-reward": SequenceClassifierReward(judge, tokenizer),
+        "tiny-taught": SequenceClassifierReward(judge, tokenizer, proposer=taught),
+    }
+
+
+def first_order(family: Family, policy: Policy, reward: SequenceClassifierReward) -> dict[str, float]:
+    """How well first-order changes of the value predict true ones, over the policy's alternatives.
+
+    Returns:
+        `correlation`, Spearman's over all edits; `mended` and `mended_policy`, where some alternative raises the value
+        by more than 4: the share of places at which the edit of largest log π + ΔV is the one truly largest, by first
+        order and by the policy alone (the token that stands there left out).
+    """
+    data = TaughtBatches(family, policy, reward, batch_size=FORKED, alternatives=8, seed=0, split="test")
+    found, true, hits, policy_hits = [], [], [], []
+    for step in range(4):
+        batch = data.draw(step)
+        predicted = reward.fork_changes(batch.tracks, batch.positions, batch.ids, batch.mask, batch.alternatives)
+        found.append(predicted[batch.mask].flatten())
+        true.append(batch.changes[batch.mask].flatten())
+        same = batch.alternatives == batch.ids[..., None]
+        best = (batch.logps + batch.changes).masked_fill(same, -torch.inf).argmax(-1)
+        hard = batch.mask & (batch.changes.amax(-1) > 4)
+        hits.append((best == (batch.logps + predicted).masked_fill(same, -torch.inf).argmax(-1))[hard])
+        policy_hits.append((best == batch.logps.masked_fill(same, -torch.inf).argmax(-1))[hard])
+    return {
+        "correlation": rank_correlation(torch.cat(found), torch.cat(true)),
+        "mended": torch.cat(hits).float().mean().item(),
+        "mended_policy": torch.cat(policy_hits).float().mean().item(),
+        "places": len(torch.cat(hits)),
+    }
 
 
 def group_mean(correct: Tensor, score: Tensor, n: int, *, best_of_all: bool = False) -> dict[str, float]:
@@ -241,5 +282,18 @@ def render(figures: dict, folder: Path) -> str:
             f"{row[k]['mean']:.3f} ± {row[k]['error']:.3f}" for k in ("energy", "reward", "likelihood", "pass")
         )
         lines.append(f"| {row['n']} | {cells} |")
+    lines += [
+        "",
+        "First-order changes of the value against true ones, over the policy's 8 likeliest tokens "
+        "(docs/taught_judge.md):",
+        "",
+        "| gradient of | rank correlation | best edit found where one mends | by the policy alone | places |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in figures["first_order"].items():
+        lines.append(
+            f"| {name} | {row['correlation']:.3f} | {row['mended']:.3f} | {row['mended_policy']:.3f} | "
+            f"{row['places']} |"
+        )
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return "\n".join([*lines, "", f"Size of this folder: {size / 2**20:.1f} MiB.", ""])
