@@ -14,6 +14,8 @@ from nabla_rl.types import UserError
 
 VERBS = {
     "decode": "decode problems with ∇-Reasoner and its rivals, with every cost counted",
+    "align": "train a LoRA adapter towards the policy that decoding heads for, same reward, same beta",
+    "ablate": "hold the two sides against each other: studies over grids, exact where it can be",
     "train-tiny": "make one of the embedded tiny models",
 }
 USAGE = """usage: nabla-rl <verb> [options]
@@ -41,12 +43,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if verb not in VERBS:
         return complain(f"nabla-rl: expected a verb ({', '.join(VERBS)}), found {verb!r}. See nabla-rl --help.")
-    return decode(rest) if verb == "decode" else train_tiny(rest)
+    return {"decode": decode, "align": align, "ablate": ablate, "train-tiny": train_tiny}[verb](rest)
 
 
 def decode(arguments: Sequence[str] | None = None) -> int:
     """`nabla-rl decode`, `python scripts/decode.py`."""
     return run(lambda rest: _modules().decode_cli.main(rest), arguments)
+
+
+def align(arguments: Sequence[str] | None = None) -> int:
+    """`nabla-rl align`, `python scripts/align.py`."""
+
+    def verb(rest: list[str]) -> int:
+        import nabla_rl.modules.align_cli
+
+        quiet_loggers()
+        return nabla_rl.modules.align_cli.main(rest)
+
+    return run(verb, arguments)
+
+
+def ablate(arguments: Sequence[str] | None = None) -> int:
+    """`nabla-rl ablate`, `python scripts/ablate.py`."""
+
+    def verb(rest: list[str]) -> int:
+        import nabla_rl.modules.ablate_cli
+
+        quiet_loggers()
+        return nabla_rl.modules.ablate_cli.main(rest)
+
+    return run(verb, arguments)
 
 
 def train_tiny(arguments: Sequence[str] | None = None) -> int:
@@ -112,7 +138,7 @@ def quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore", module=r"(lightning|torch|jsonargparse)\b.*")
+    warnings.filterwarnings("ignore", module=r"(lightning|torch|jsonargparse|transformers)\b.*")
     quiet_loggers()
 
 

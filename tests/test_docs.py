@@ -92,8 +92,11 @@ def test_relative_links_resolve(page):
 
 @cache
 def known_options() -> frozenset[str]:
-    """The options of `decode`, as the real parser has them."""
+    """The options of `decode` and `align`, as the real parsers have them."""
     from nabla_rl.data.module import ProblemData
+    from nabla_rl.modules.align_cli import AlignCLI
+    from nabla_rl.modules.align_data import AlignmentData
+    from nabla_rl.modules.aligner import PolicyAligner
     from nabla_rl.modules.decode_cli import DecodeCLI
     from nabla_rl.modules.decoding import Decoding
 
@@ -106,6 +109,21 @@ def known_options() -> frozenset[str]:
 
     with pytest.raises(StopIteration):
         Collect(Decoding, ProblemData, run=False, args=[], save_config_callback=None, auto_configure_optimizers=False)
+
+    class CollectAlign(AlignCLI):
+        def parse_arguments(self, parser, args):
+            taken.extend(option for action in parser._actions for option in action.option_strings)
+            raise StopIteration
+
+    with pytest.raises(StopIteration):
+        CollectAlign(
+            PolicyAligner,
+            AlignmentData,
+            run=False,
+            args=[],
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+        )
     return frozenset(taken)
 
 

@@ -1,0 +1,138 @@
+"""`python scripts/ablate.py`: a study over a grid, point by point, and what it found."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from rich.console import Console
+
+from nabla_rl.duality.study import ExactSettings
+from nabla_rl.modules.ablate import (
+    AbstractStudy,
+    DecodeGrid,
+    DualityExact,
+    Point,
+    Report,
+    StudyName,
+    build_points,
+    finite,
+)
+from nabla_rl.modules.ablate_page import claims_table, rows_table, to_csv, to_html
+from nabla_rl.modules.decode_cli import explain, given_configs, terminable, wide_console
+from nabla_rl.report.run_folder import RunFolder, write_atomically
+from nabla_rl.types import UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "ablate"
+DEFAULT = CONFIGS / "duality_exact.yaml"
+DESCRIPTION = """Hold gradient descent on samples and reinforcement learning on weights against each other. Without
+options: both sides against the exact tilted policy on spaces small enough to list, with a verdict for each claim. A
+study is a YAML file (--config): a grid of dotted names, each with a list of values, and seeds. The run folder keeps
+every point as soon as it is done; the same command goes on with a run that was interrupted."""
+
+
+def build_parser() -> ArgumentParser:
+    """The options of a study."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog="ablate.py",
+        usage="%(prog)s [--config FILE] [--OPTION VALUE ...]",
+        description=DESCRIPTION,
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="a YAML of configs/ablate (default: duality_exact.yaml)")
+    parser.add_argument(
+        "--study", type=StudyName, default="duality_exact", help="duality_exact, or decode: the decode command's grids"
+    )
+    parser.add_argument("--grid", type=dict[str, Any], default={}, help="dotted names, each with a list of values")
+    parser.add_argument(
+        "--fixed", type=dict[str, Any], default={}, help="of a decode study: options that all points share"
+    )
+    parser.add_argument("--seeds", type=list[int], default=[0], help="every point is run with each; counted from seed")
+    parser.add_argument("--seed", type=int, default=0, help="added to every one of seeds")
+    parser.add_argument("--run_dir", type=str, default=None, help="results (default: runs/ablate/<config name>)")
+    parser.add_class_arguments(ExactSettings, "exact")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Run what is missing of a study, write its files and print what it found."""
+    files = given_configs(arguments)
+    given = arguments if files else ["--config", str(DEFAULT), *arguments]
+    parser = build_parser()
+    try:
+        config = parser.parse_args(given)
+    except ArgumentError as error:
+        options = [option for action in parser._actions for option in action.option_strings]
+        raise UserError(explain(str(error), options, files)) from error
+    options: Any = parser.instantiate(config)
+    study: AbstractStudy = (
+        DualityExact(options.exact) if options.study == "duality_exact" else DecodeGrid(options.fixed)
+    )
+    if options.study == "duality_exact" and options.fixed:
+        raise UserError("--fixed: expected none with duality_exact, found some. Use --exact.NAME VALUE.")
+    points = build_points(options.grid, [options.seed + seed for seed in options.seeds])
+    study.check(points)
+    folder = Path(options.run_dir or Path("runs/ablate") / Path(files[-1] if files else DEFAULT).stem)
+    decisive = {"study": options.study, "fixed": options.fixed, "exact": asdict(options.exact)}
+    if options.study == "decode":
+        del decisive["exact"]
+    run_folder = RunFolder(folder, decisive)
+    console = wide_console()
+    try:
+        with terminable():
+            run_points(study, points, run_folder)
+    except KeyboardInterrupt:
+        finish(study, points, run_folder, arguments, console)
+        raise
+    finish(study, points, run_folder, arguments, console)
+    return 0
+
+
+def run_points(study: AbstractStudy, points: list[Point], folder: RunFolder) -> None:
+    """Do the points that have no line yet, and write each down as it is done."""
+    done = {key for key, _ in folder.rows}
+    for number, point in enumerate(points, start=1):
+        if point.id in done:
+            continue
+        start = time.perf_counter()
+        rows = study.run(point, folder.path)
+        folder.append([{"id": point.id, "config": folder.config_hash, **row} for row in rows])
+        seconds = time.perf_counter() - start
+        print(f"point {number} of {len(points)}: {point.id} ({seconds:.1f} s)", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def finish(
+    study: AbstractStudy, points: list[Point], folder: RunFolder, arguments: list[str], console: Console
+) -> Report | None:
+    """Write tables, figures, summary and page of the points that are finished, and print what they say."""
+    rows = [row for point in points for (key, _), row in folder.rows.items() if key == point.id]
+    if not rows:
+        return None
+    report = study.report(rows, folder.path)
+    finished = len({row["id"] for row in rows})
+    command = shlex.join(["python", "scripts/ablate.py", *arguments])
+    folder.write_json(
+        "summary.json",
+        finite({"points": finished, "of": len(points), "command": command, "claims": report.claims, **report.summary}),
+    )
+    folder.write_json("table.json", finite(report.rows))
+    write_atomically(folder.path / "table.csv", to_csv(report.rows))
+    name = folder.path.name
+    write_atomically(folder.path / "report.html", to_html(report, f"ablate: {name}", command))
+    count = f"{len(points)} points" if finished == len(points) else f"the {finished} finished of {len(points)} points"
+    if report.claims:
+        console.print(claims_table(report, f"{name}: verdicts over {count}, the worst one decides"))
+        holds = sum(row["holds"] for row in report.claims)
+        console.print(f"{holds} of {len(report.claims)} claims hold everywhere", highlight=False)
+    else:
+        console.print(rows_table(report, f"{name}: {count}"))
+    console.print(
+        f"results in {folder.path}/ (summary.json, table.csv, table.json, report.html, figures/)", highlight=False
+    )
+    return report

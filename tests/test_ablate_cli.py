@@ -1,0 +1,208 @@
+"""The ablate command end to end: both kinds of study, resumption, bad input, every YAML."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nabla_rl import cli
+from nabla_rl.modules import ablate, ablate_cli
+from nabla_rl.modules.ablate import DecodeGrid, DualityExact, Point, build_points
+from nabla_rl.types import UserError
+from tests import toys_cli
+from tests.test_configs import parse
+
+FILES = sorted(ablate_cli.CONFIGS.glob("*.yaml"))
+SMALL = {"max_steps": 30, "chains": 32, "run_steps": 8, "exact_steps": 10, "sampled_steps": 10, "batch_size": 8}
+
+
+def write(folder: Path, **content: object) -> Path:
+    file = folder / "study.yaml"
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    return file
+
+
+def exact(folder: Path, betas: Sequence[float], landscapes: Sequence[str] = ("table",)) -> list[str]:
+    """The command line of a small exact study."""
+    file = write(
+        folder, study="duality_exact", grid={"landscape": list(landscapes), "beta": list(betas)}, exact=dict(SMALL)
+    )  # fmt: skip
+    return ["--config", str(file), "--run_dir", str(folder / "run")]
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "run" / "results.jsonl").read_text().split("\n")[:-1]]
+
+
+def test_exact_study_writes_verdicts_tables_figures_and_a_page(tmp_path, capsys):
+    assert cli.ablate(exact(tmp_path, [1.0, 0.2])) == 0
+    shown = capsys.readouterr().out
+    assert "identities hold in float64" in shown and "holds" in shown and "fails by" in shown
+    run = tmp_path / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["points"] == summary["of"] == 2
+    verdicts = {verdict["claim"]: verdict for verdict in summary["verdicts"]}
+    assert verdicts["identities hold in float64"]["holds"]
+    missed = verdicts["DTO, published samples the tilted policy (TV)"]
+    assert not missed["holds"]
+    assert missed["text"] == f"fails by {missed['measured'] - missed['bound']:.2g}"
+    with (run / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(json.loads((run / "table.json").read_text())) == 2 * len(rows) // 2
+    assert {row["kind"] for row in rows} == {"sampler", "rl", "decoder"}
+    best = next(row for row in rows if row["name"] == "best of 4 by reward" and row["beta"] == "1.0")
+    assert 0 < float(best["tv"]) < 1 and float(best["lambda_eff"]) > 0
+    page = (run / "report.html").read_text()
+    assert page.count("<svg ") == len(list((run / "figures").glob("*.svg"))) == 4
+    assert len(list((run / "figures").glob("*.png"))) == 4
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
+
+
+def stub_report(self, rows: Sequence[dict], folder: Path) -> ablate.Report:
+    return ablate.Report(list(rows))
+
+
+def test_a_study_goes_on_point_by_point(tmp_path, monkeypatch, capsys):
+    """Interrupted in its second point, it keeps the first; continued, it does the rest alone."""
+    arguments, done, stop = exact(tmp_path, [1.0, 0.2]), [], [True]
+
+    def run(self, point: Point, folder: Path):
+        if done and stop:
+            raise KeyboardInterrupt
+        done.append(point.id)
+        return [{"decoder": "duality_exact", "beta": point.values["beta"]}]
+
+    monkeypatch.setattr(DualityExact, "run", run)
+    monkeypatch.setattr(DualityExact, "report", stub_report)
+    assert cli.ablate(arguments) == 130
+    assert "interrupted" in capsys.readouterr().err
+    first = lines(tmp_path)
+    assert [line["id"] for line in first] == ["landscape=table_beta=1.0_seed=0"]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["points"] == 1
+    stop.clear()
+    # as if killed while it wrote the second line
+    with (tmp_path / "run" / "results.jsonl").open("a") as file:
+        file.write('{"id": "landscape=table_be')
+    assert cli.ablate(arguments) == 0
+    assert done == ["landscape=table_beta=1.0_seed=0", "landscape=table_beta=0.2_seed=0"]
+    assert lines(tmp_path)[0] == first[0] and len(lines(tmp_path)) == 2
+    assert cli.ablate(arguments) == 0
+    assert len(done) == 2
+
+
+def test_a_point_gives_the_same_result_twice(tmp_path):
+    study, point = DualityExact(ablate_cli.ExactSettings(**SMALL)), Point({"landscape": "table", "beta": 0.5}, 3)
+    once, again = (json.dumps([{**row, "seconds": 0} for row in study.run(point, tmp_path)]) for _ in range(2))
+    assert once == again
+
+
+def test_decode_study_runs_the_decode_command_at_every_point(tmp_path, capsys):
+    models = toys_cli.save_models(tmp_path / "models")
+    given = toys_cli.options(models)
+    fixed = {name.removeprefix("--"): value for name, value in zip(given[::2], given[1::2], strict=True)}
+    fixed |= {"model.decoders": ["greedy", "nabla"], "data.limit": 3, "data.batch_size": 3}
+    fixed = {name: int(v) if isinstance(v, str) and v.isdigit() else v for name, v in fixed.items()}
+    grid = {"model.beta": [1.0, 0.1]}
+    file = write(tmp_path, study="decode", grid=grid, fixed=fixed, seeds=[0, 1])
+    assert cli.ablate(["--config", str(file), "--run_dir", str(tmp_path / "run")]) == 0
+    found = lines(tmp_path)
+    assert len(found) == 2 * 2 * 2  # β, seeds, decoders
+    for line in found:
+        point = toys_cli.read_results(tmp_path / "run" / "points" / line["id"])
+        mine = [row for row in point if row["decoder"] == line["decoder"]]
+        assert line["rewards"] == [row["reward"] for row in mine] and len(mine) == 3
+    table = json.loads((tmp_path / "run" / "table.json").read_text())
+    assert [(row["model.beta"], row["decoder"]) for row in table] == [
+        (1.0, "greedy"), (1.0, "nabla"), (0.1, "greedy"), (0.1, "nabla"),
+    ]  # fmt: skip
+    for row in table:
+        assert row["seeds"] == 2 and row["problems"] == 3
+        assert row["mean_reward_low"] <= row["mean_reward"] <= row["mean_reward_high"]
+    greedy = [row["mean_reward"] for row in table if row["decoder"] == "greedy"]
+    assert greedy[0] == greedy[1]  # greedy decoding does not know β
+    assert (tmp_path / "run" / "figures" / "grid.svg").is_file()
+    assert "mean reward" in capsys.readouterr().out
+
+
+def test_bad_input_is_one_line_and_exit_code_two(tmp_path, capsys):
+    good = exact(tmp_path, [1.0])
+
+    def complaint(arguments: list[str]) -> str:
+        assert cli.ablate(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and error.startswith("error: ")
+        return error
+
+    assert "expected one of duality_exact, decode, found 'magic'" in complaint([*good, "--study", "magic"])
+    assert "--exact.chainz: expected an option" in complaint([*good, "--exact.chainz", "3"])
+    assert "settings.chains: expected a larger number, found 1" in complaint([*good, "--exact.chains", "1"])
+    assert "expected a YAML file" in complaint(["--config", str(tmp_path / "none.yaml")])
+    for grid, words in (
+        ({}, "found none"),
+        ({"beta": 1.0}, "expected a list of values for beta"),
+        ({"beta": []}, "expected a list of values for beta"),
+        ({"landscape": ["moon"], "beta": [1.0]}, "found 'moon'"),
+        ({"landscape": ["table"], "beta": [0.0]}, "positive, finite numbers for beta, found 0.0"),
+        ({"landscape": ["table"]}, "numbers for beta, found None"),
+        ({"landscape": ["table"], "beta": [1.0, 1.0]}, "twice"),
+        ({"model.beta": [1.0]}, "found 'model.beta'"),
+    ):
+        file = write(tmp_path, study="duality_exact", grid=grid)
+        assert words in complaint(["--config", str(file), "--run_dir", str(tmp_path / "other")]), grid
+    file = write(tmp_path, study="decode", grid={"model.betta": [1.0]}, fixed={"data.limit": 1})
+    assert "--model.betta" in complaint(["--config", str(file), "--run_dir", str(tmp_path / "other2")])
+    file = write(tmp_path, study="decode", grid={"beta": [1.0]})
+    assert "dotted options of decode.py" in complaint(["--config", str(file)])
+    file = write(tmp_path, study="decode", grid={"model.beta": [1.0]}, fixed={"model.beta": 2.0})
+    assert "that the grid does not vary" in complaint(["--config", str(file)])
+
+
+def test_a_folder_of_another_study_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        DualityExact, "run", lambda self, point, folder: [{"decoder": "duality_exact", "beta": point.values["beta"]}]
+    )
+    monkeypatch.setattr(DualityExact, "report", stub_report)
+    arguments = exact(tmp_path, [1.0])
+    assert cli.ablate(arguments) == 0
+    assert cli.ablate([*arguments, "--exact.chains", "64"]) == 2
+    assert "exact.chains = 32 there and 64 now" in capsys.readouterr().err
+    # a larger grid is the same study, gone on with
+    assert cli.ablate(exact(tmp_path, [1.0, 0.5])) == 0
+    assert [line["beta"] for line in lines(tmp_path)] == [1.0, 0.5]
+    assert cli.ablate([*arguments, "--seed", "7"]) == 0
+    assert lines(tmp_path)[-1]["id"].endswith("seed=7")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_every_yaml_is_a_study_that_can_run(file):
+    options = ablate_cli.build_parser().parse_args(["--config", str(file)])
+    points = build_points(options.grid, options.seeds)
+    assert 1 < len(points) <= 40
+    if options.study == "duality_exact":
+        DualityExact().check(points)
+        return
+    study = DecodeGrid(options.fixed)
+    study.check(points)
+    for point in (points[0], points[-1]):
+        config = parse(study.arguments(point, Path("unused")))
+        assert config["model"]["decoders"] == options.fixed["model.decoders"]
+        assert config["data"]["split"] == "validation" and config["data"]["limit"] <= 64
+        for name, value in point.values.items():
+            found = config
+            for part in name.split("."):
+                found = found[part]
+            assert found == value, name
+
+
+def test_points_are_every_combination_for_every_seed():
+    points = build_points({"a.b": [1, 2], "c": ["x"]}, [0, 5])
+    assert [point.id for point in points] == ["b=1_c=x_seed=0", "b=1_c=x_seed=5", "b=2_c=x_seed=0", "b=2_c=x_seed=5"]
+    with pytest.raises(UserError, match="--seeds: expected different whole numbers"):
+        build_points({"a": [1]}, [])
