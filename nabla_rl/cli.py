@@ -15,6 +15,7 @@ from nabla_rl.types import UserError
 VERBS = {
     "decode": "decode problems with ∇-Reasoner and its rivals, with every cost counted",
     "align": "train a LoRA adapter towards the policy that decoding heads for, same reward, same beta",
+    "distill": "carry what decoding found into a LoRA adapter of the same or a lighter model",
     "ablate": "hold the two sides against each other: studies over grids, exact where it can be",
     "train-tiny": "make one of the embedded tiny models",
 }
@@ -43,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if verb not in VERBS:
         return complain(f"nabla-rl: expected a verb ({', '.join(VERBS)}), found {verb!r}. See nabla-rl --help.")
-    return {"decode": decode, "align": align, "ablate": ablate, "train-tiny": train_tiny}[verb](rest)
+    return {"decode": decode, "align": align, "distill": distill, "ablate": ablate, "train-tiny": train_tiny}[verb](
+        rest
+    )
 
 
 def decode(arguments: Sequence[str] | None = None) -> int:
@@ -59,6 +62,18 @@ def align(arguments: Sequence[str] | None = None) -> int:
 
         quiet_loggers()
         return nabla_rl.modules.align_cli.main(rest)
+
+    return run(verb, arguments)
+
+
+def distill(arguments: Sequence[str] | None = None) -> int:
+    """`nabla-rl distill`, `python scripts/distill.py`."""
+
+    def verb(rest: list[str]) -> int:
+        import nabla_rl.modules.distill_cli
+
+        quiet_loggers()
+        return nabla_rl.modules.distill_cli.main(rest)
 
     return run(verb, arguments)
 

@@ -92,13 +92,16 @@ def test_relative_links_resolve(page):
 
 @cache
 def known_options() -> frozenset[str]:
-    """The options of `decode` and `align`, as the real parsers have them."""
+    """The options of `decode`, `align` and `distill`, as the real parsers have them."""
     from nabla_rl.data.module import ProblemData
     from nabla_rl.modules.align_cli import AlignCLI
     from nabla_rl.modules.align_data import AlignmentData
     from nabla_rl.modules.aligner import PolicyAligner
     from nabla_rl.modules.decode_cli import DecodeCLI
     from nabla_rl.modules.decoding import Decoding
+    from nabla_rl.modules.distill_cli import DistillCLI
+    from nabla_rl.modules.distill_data import DistillationData
+    from nabla_rl.modules.distiller import PolicyDistiller
 
     taken: list[str] = []
 
@@ -119,6 +122,21 @@ def known_options() -> frozenset[str]:
         CollectAlign(
             PolicyAligner,
             AlignmentData,
+            run=False,
+            args=[],
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+        )
+
+    class CollectDistill(DistillCLI):
+        def parse_arguments(self, parser, args):
+            taken.extend(option for action in parser._actions for option in action.option_strings)
+            raise StopIteration
+
+    with pytest.raises(StopIteration):
+        CollectDistill(
+            PolicyDistiller,
+            DistillationData,
             run=False,
             args=[],
             save_config_callback=None,

@@ -15,8 +15,8 @@ suffix enters. Where ΔV comes from is the one argument `proposals`:
     gradient    to first order, g_i[v] - g_i[y_i] with the own-token gradients g_i = ∂V_i/∂y_i of one backward
     random      random edits among the same alternatives; and `random_gradient`, a random direction for g_i
 
-The judge says where the first error probably is, too: with q_i = min_{j≤i} σ(V(y_≤j)) the chance that all is right up to
-token i, q_{i-1} - q_i is the chance that the first error is token i, and `min_drop` leaves out positions where that
+The judge says where the first error probably is, too: with q_i = min_{j≤i} σ(V(y_≤j)) the chance that all is right up
+to token i, q_{i-1} - q_i is the chance that the first error is token i, and `min_drop` leaves out positions where that
 is small. It costs nothing: the values come with the scoring of the completion.
 
 Many problems go on side by side, each independent of the others; their judge passes and rollouts share batches. What

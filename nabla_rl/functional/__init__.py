@@ -1,5 +1,6 @@
 """Pure functions on tensors: last axis the vocabulary or the length, leading axes free. Needs torch alone."""
 
+from nabla_rl.functional.distillation import dpo_loss, reward_weights, sft_loss, soft_target_kl, tilted_log_probs
 from nabla_rl.functional.energy import (
     IMPOSSIBLE_LOGP,
     EnergyGradient,
@@ -62,6 +63,7 @@ __all__ = [
     "compute_entropy",
     "cosine_decay",
     "energy_gradient",
+    "dpo_loss",
     "expected_logps",
     "forward_kl",
     "group_relative_advantages",
@@ -78,15 +80,19 @@ __all__ = [
     "penalise_rewards",
     "pick",
     "reverse_kl",
+    "reward_weights",
     "rloo_loss",
     "sample_gumbel",
     "seeded_generator",
     "selective_log_softmax",
     "sequence_logps",
+    "sft_loss",
     "sgd_update_",
     "soft",
+    "soft_target_kl",
     "straight_through",
     "straight_through_vjp",
+    "tilted_log_probs",
     "top_p_filter",
     "upcast",
 ]

@@ -93,8 +93,10 @@ class Adapter:
         now = self.state()
         return any(not torch.equal(now[name], weight) for name, weight in self._start.items())
 
-    def save(self, folder: str | Path, card: str) -> Path:
+    def save(self, folder: str | Path, card: str, *, section: str = "rl") -> Path:
         """Write the adapter as `PeftModel.from_pretrained` and vLLM read it, with `card` as its README.md.
+
+        `section` is the group of options that errors name.
 
         Raises:
             UserError: no weight has changed (there is nothing to save), or one is not finite.
@@ -103,13 +105,13 @@ class Adapter:
         if not self.changed():
             raise UserError(
                 f"adapter: expected weights that training has changed, found none changed, so nothing is saved in "
-                f"{folder}. Take more steps, a larger --model.rl.learning_rate, or a reward that tells completions "
-                "apart."
+                f"{folder}. Take more steps, a larger --model.{section}.learning_rate, or a reward that tells "
+                "completions apart."
             )
         if not all(torch.isfinite(weight).all() for weight in self.parameters()):
             raise UserError(
                 f"adapter: expected finite weights, found NaN or infinity, so nothing is saved in {folder}. Lower "
-                "--model.rl.learning_rate."
+                f"--model.{section}.learning_rate."
             )
         self.peft.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
         (folder / "README.md").write_text(card, encoding="utf-8")

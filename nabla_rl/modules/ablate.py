@@ -15,8 +15,13 @@ from typing import Any, Literal
 import torch
 
 from nabla_rl.duality.study import LANDSCAPES, ExactSettings, run_point, verdicts
+from nabla_rl.functional.seeding import seeded_generator
+from nabla_rl.metrics.paired import paired_difference
 from nabla_rl.report.summary import mean, summarise
 from nabla_rl.types import UserError
+
+VARIANT = "variant"
+"""The grid's name for the labels of `DecodeGrid.variants`."""
 
 StudyName = Literal["duality_exact", "decode"]
 Row = dict[str, Any]
@@ -141,9 +146,12 @@ class DecodeGrid(AbstractStudy):
 
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Dotted options of the decode command that all points share."""
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Label → dotted options; the grid's `variant` goes through the labels. The first is what others are held to."""
 
     def check(self, points: Sequence[Point]) -> None:
-        for name in (*points[0].values, *self.fixed):
+        varied = [name for name in points[0].values if name != VARIANT]
+        for name in (*varied, *self.fixed, *(name for options in self.variants.values() for name in options)):
             if name.split(".")[0] not in ("model", "data", "trainer"):
                 raise UserError(
                     f"--grid: expected dotted options of decode.py (model.… or data.…), found {name!r}. See "
@@ -155,7 +163,9 @@ class DecodeGrid(AbstractStudy):
 
     def arguments(self, point: Point, run_dir: Path) -> list[str]:
         """The decode command's own command line."""
-        options = {**self.fixed, **point.values, "seed": point.seed, "run_dir": str(run_dir)}
+        values = {name: value for name, value in point.values.items() if name != VARIANT}
+        chosen = self.variants.get(point.values.get(VARIANT, ""), {})
+        options = {**self.fixed, **values, **chosen, "seed": point.seed, "run_dir": str(run_dir)}
         return [text for name, value in options.items() for text in (f"--{name}", _as_text(value))]
 
     def run(self, point: Point, folder: Path) -> list[Row]:
@@ -189,9 +199,33 @@ class DecodeGrid(AbstractStudy):
     def report(self, rows: Sequence[Row], folder: Path) -> Report:
         from nabla_rl.modules.ablate_page import write_grid_figure
 
-        table = [_over_seeds(group) for group in _groups(rows)]
+        table = [
+            _over_seeds(group) | _against(group, rows, next(iter(self.variants), None)) for group in _groups(rows)
+        ]
         figures = write_grid_figure(table, [name for name in rows[0]["values"]], folder / "figures") if table else []
         return Report(table, figures=figures)
+
+
+def _against(group: Sequence[Row], rows: Sequence[Row], first: str | None) -> Row:
+    """How a variant differs from the first one on the same problems: accuracy with its bootstrap interval, and the
+    share of FLOPs it saves (negative: it costs more)."""
+    values = group[0]["values"]
+    if first is None or values[VARIANT] == first:
+        return {}
+    other = [
+        row for row in rows if row["decoder"] == group[0]["decoder"] and row["values"] == {**values, VARIANT: first}
+    ]
+    row: Row = {}
+    mine, theirs = _by_problem(group, "corrects"), _by_problem(other, "corrects")
+    shared = sorted(mine.keys() & theirs.keys())
+    if shared:
+        pair = [torch.tensor([part[key] for key in shared])[:, None] for part in (mine, theirs)]
+        found = [float(x) for x in paired_difference(*pair, generator=seeded_generator("variants"))]
+        row |= dict(zip(("difference", "difference_low", "difference_high"), found, strict=True))
+    flops = [mean([value for member in part for value in member["flops"]]) for part in (group, other)]
+    if flops[0] is not None and flops[1]:
+        row["flops_saved"] = 1 - flops[0] / flops[1]
+    return row
 
 
 def _groups(rows: Sequence[Row]) -> list[list[Row]]:
@@ -211,7 +245,7 @@ def _over_seeds(group: Sequence[Row]) -> Row:
 
     row: Row = {**group[0]["values"], "decoder": group[0]["decoder"], "seeds": len(group)}
     row["problems"] = len(set(group[0]["problems"]))
-    correct = _by_problem(group, "corrects")
+    correct = list(_by_problem(group, "corrects").values())
     if correct:
         accuracy = sum(correct) / len(correct)
         # between whole numbers of right answers, as averages over seeds are
@@ -219,7 +253,7 @@ def _over_seeds(group: Sequence[Row]) -> Row:
         row |= {"accuracy": accuracy, "accuracy_low": min(float(low), accuracy)}
         row["accuracy_high"] = max(float(high), accuracy)
     for name, key in (("mean_reward", "rewards"), ("gold_reward", "gold_rewards")):
-        values = _by_problem(group, key)
+        values = list(_by_problem(group, key).values())
         row[name] = mean(values)
         if len(values) > 1:
             centre = sum(values) / len(values)
@@ -231,14 +265,14 @@ def _over_seeds(group: Sequence[Row]) -> Row:
     return row
 
 
-def _by_problem(group: Sequence[Row], key: str) -> list[float]:
+def _by_problem(group: Sequence[Row], key: str) -> dict[str, float]:
     """The mean over seeds of every problem that has a value."""
     found: dict[str, list[float]] = {}
     for row in group:
         for problem, value in zip(row["problems"], row[key], strict=True):
             if value is not None:
                 found.setdefault(problem, []).append(float(value))
-    return [sum(values) / len(values) for values in found.values()]
+    return {problem: sum(values) / len(values) for problem, values in found.items()}
 
 
 def _flat(point: Row) -> list[Row]:

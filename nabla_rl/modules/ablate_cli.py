@@ -14,6 +14,7 @@ from rich.console import Console
 
 from nabla_rl.duality.study import ExactSettings
 from nabla_rl.modules.ablate import (
+    VARIANT,
     AbstractStudy,
     DecodeGrid,
     DualityExact,
@@ -53,6 +54,12 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--fixed", type=dict[str, Any], default={}, help="of a decode study: options that all points share"
     )
+    parser.add_argument(
+        "--variants",
+        type=dict[str, dict[str, Any]],
+        default={},
+        help="of a decode study: label → dotted options, each held to the first one, in place of or within the grid",
+    )
     parser.add_argument("--seeds", type=list[int], default=[0], help="every point is run with each; counted from seed")
     parser.add_argument("--seed", type=int, default=0, help="added to every one of seeds")
     parser.add_argument("--run_dir", type=str, default=None, help="results (default: runs/ablate/<config name>)")
@@ -72,14 +79,23 @@ def main(arguments: list[str]) -> int:
         raise UserError(explain(str(error), options, files)) from error
     options: Any = parser.instantiate(config)
     study: AbstractStudy = (
-        DualityExact(options.exact) if options.study == "duality_exact" else DecodeGrid(options.fixed)
+        DualityExact(options.exact)
+        if options.study == "duality_exact"
+        else DecodeGrid(options.fixed, options.variants)
     )
     if options.study == "duality_exact" and options.fixed:
         raise UserError("--fixed: expected none with duality_exact, found some. Use --exact.NAME VALUE.")
+    if options.variants:
+        options.grid = {**options.grid, VARIANT: list(options.variants)}
     points = build_points(options.grid, [options.seed + seed for seed in options.seeds])
     study.check(points)
     folder = Path(options.run_dir or Path("runs/ablate") / Path(files[-1] if files else DEFAULT).stem)
-    decisive = {"study": options.study, "fixed": options.fixed, "exact": asdict(options.exact)}
+    decisive = {
+        "study": options.study,
+        "fixed": options.fixed,
+        "variants": options.variants,
+        "exact": asdict(options.exact),
+    }
     if options.study == "decode":
         del decisive["exact"]
     run_folder = RunFolder(folder, decisive)

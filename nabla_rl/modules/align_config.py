@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 from nabla_rl.functional.policy_gradient import LossType, ScaleRewards
+from nabla_rl.modules.adapter_config import AdapterConfig
 from nabla_rl.types import UserError
 
 Algorithm = Literal["rloo", "grpo"]
@@ -14,7 +15,7 @@ KLEstimator = Literal["auto", "k1", "k3", "exact"]
 
 
 @dataclass(frozen=True)
-class RLConfig:
+class RLConfig(AdapterConfig):
     """Reinforcement learning. Every name and meaning is that of TRL's GRPOConfig and RLOOConfig.
 
     Four defaults differ from TRL's, on purpose. `beta` is positive for both algorithms: without it there is no tilted
@@ -24,34 +25,15 @@ class RLConfig:
     `gradient_checkpointing` are off.
     """
 
+    section: ClassVar[str] = "rl"
     beta: float = 1.0
     """KL coefficient β = 1/λ of J(π) = E[r] - β KL(π‖reference), as in decode's energy L(y) = -r/β - log π."""
     num_generations: int = 8
     """Completions of each prompt: a group."""
     per_device_train_batch_size: int = 64
     """Completions a process puts through one forward and backward: whole groups."""
-    gradient_accumulation_steps: int = 1
-    """Such batches to one optimiser step."""
-    max_steps: int = 200
-    """Optimiser steps."""
     num_iterations: int = 1
     """Optimiser steps on each draw of completions (μ); the ratio is clipped from the second on."""
-    learning_rate: float = 1e-4
-    """Step size of the optimiser at its peak."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    """What becomes of it: to zero along a line or a cosine, or constant."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up."""
-    optim: Literal["adamw_torch", "sgd"] = "adamw_torch"
-    """Optimiser."""
-    adam_beta1: float = 0.9
-    """Decay of AdamW's first moment."""
-    adam_beta2: float = 0.999
-    """Decay of AdamW's second moment."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay of AdamW."""
-    max_grad_norm: float = 1.0
-    """The gradient's norm is cut to this; 0: never."""
     epsilon: float = 0.2
     """Lower clipping range of the ratio."""
     epsilon_high: float | None = None
@@ -72,16 +54,10 @@ class RLConfig:
     """Tokens at most in one completion."""
     reward_weights: list[float] | None = None
     """Weights of the reward functions in their sum; null: 1 each."""
-    logging_steps: int = 1
-    """Steps between lines of the metrics."""
     log_completions: bool = True
     """Log sample completions, too."""
     num_completions_to_print: int | None = 4
     """How many of them; null: all of a batch."""
-    save_steps: int = 25
-    """Steps between checkpoints."""
-    report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
-    """Where metrics go besides metrics.jsonl."""
 
     def __post_init__(self) -> None:
         """Check the values in the spelling of the command line."""
@@ -101,18 +77,11 @@ class RLConfig:
                 f"--model.rl.per_device_train_batch_size: expected whole groups of {self.num_generations} "
                 f"completions, found {size}. Take a multiple of --model.rl.num_generations."
             )
-        positive = (
-            "gradient_accumulation_steps max_steps num_iterations max_completion_length logging_steps save_steps"
+        self.check(
+            at_least_one=("num_iterations", "max_completion_length"),
+            positive=("temperature",),
+            not_negative=("epsilon", "top_k"),
         )
-        for name in positive.split():
-            if getattr(self, name) < 1:
-                raise UserError(f"--model.rl.{name}: expected at least 1, found {getattr(self, name)}.")
-        for name in ("learning_rate", "temperature"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"--model.rl.{name}: expected a positive number, found {getattr(self, name)}.")
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "epsilon", "top_k"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"--model.rl.{name}: expected at least 0, found {getattr(self, name)}.")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--model.rl.top_p: expected a number in (0, 1], found {self.top_p}. Use 1 for the law.")
 
@@ -127,7 +96,4 @@ class RLConfig:
         from trl.trainer.rloo_config import RLOOConfig
 
         config = GRPOConfig if algorithm == "grpo" else RLOOConfig
-        known = {entry.name for entry in fields(config)}
-        shared = {name: value for name, value in vars(self).items() if name in known}
-        settings: dict[str, Any] = {**shared, "bf16": False, "gradient_checkpointing": False, **more}
-        return config(**settings)
+        return self.as_trl(config, **more)

@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from typing import Literal
 
 import lightning as L
-import torch
 from torch.utils.data import IterableDataset
 
 from nabla_rl.data.module import ProblemData
 from nabla_rl.data.problems import Problem
 from nabla_rl.data.tiny import generate
-from nabla_rl.functional.seeding import seeded_generator
+from nabla_rl.modules.adapter_training import epoch_order
 from nabla_rl.modules.align_config import RLConfig
 from nabla_rl.types import UserError
 
@@ -74,15 +73,8 @@ class AlignmentData(L.LightningDataModule):
         if self.own is None:
             source = generate(self.family, "train", f"align/{self.seed}/{draw}")
             return [next(source) for _ in range(count)]
-        size = len(self.own)
-        orders: dict[int, list[int]] = {}
-        problems = []
-        for index in range(draw * count, (draw + 1) * count):
-            epoch, place = divmod(index, size)
-            if epoch not in orders:
-                orders[epoch] = torch.randperm(size, generator=seeded_generator(self.seed, "order", epoch)).tolist()
-            problems.append(self.own[orders[epoch][place]])
-        return problems
+        places = epoch_order(len(self.own), draw * count, (draw + 1) * count, seed=self.seed)
+        return [self.own[place] for place in places]
 
 
 class Draws(IterableDataset):

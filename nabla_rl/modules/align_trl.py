@@ -18,7 +18,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.rloo_trainer import RLOOTrainer
 
-from nabla_rl.modules.aligner import PolicyAligner, append_line, keep_steps, trl_prompt
+from nabla_rl.modules.adapter_training import append_line, keep_steps, trl_prompt
+from nabla_rl.modules.aligner import PolicyAligner
 from nabla_rl.types import UserError
 
 

@@ -8,21 +8,16 @@ crosses over.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
-from transformers.optimization import get_scheduler
 
 from nabla_rl.data.problems import Problem
 from nabla_rl.decoding import Nabla, Sampling
@@ -41,6 +36,7 @@ from nabla_rl.models.adapters import LoraOptions, attach_adapter
 from nabla_rl.models.groups import group_logits
 from nabla_rl.models.loading import PolicyOptions, RewardOptions, load_policy, resolve_name
 from nabla_rl.models.policy import Policy
+from nabla_rl.modules.adapter_training import AdapterTraining, append_line, trl_prompt
 from nabla_rl.modules.align_config import Algorithm, KLEstimator, RLConfig
 from nabla_rl.modules.align_data import AlignmentData, Draws
 from nabla_rl.modules.decoding import NablaOptions, check_lengths, in_role, load_reward
@@ -89,18 +85,7 @@ class MicroBatch:
     num_items: float = 0.0
 
 
-class StepEnd(L.Callback):
-    """Has the aligner finish its step before a checkpoint of it is saved."""
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Hand on."""
-        assert isinstance(pl_module, PolicyAligner)
-        pl_module.end_step(batch)
-
-
-class PolicyAligner(L.LightningModule):
+class PolicyAligner(AdapterTraining):
     """Trains a LoRA adapter towards the tilted policy ρ* ∝ π exp(r/β), by policy gradients.
 
     Args:
@@ -127,7 +112,7 @@ class PolicyAligner(L.LightningModule):
         seed: of every random number.
     """
 
-    strict_loading = False  # checkpoints hold the adapter alone  # pyright: ignore
+    files = ("metrics.jsonl", "completions.jsonl")
 
     def __init__(
         self,
@@ -146,7 +131,7 @@ class PolicyAligner(L.LightningModule):
         family: str = "sorting",
         seed: int = 0,
     ):
-        super().__init__()
+        super().__init__(rl)
         if not reward_funcs:
             raise UserError("--model.reward_funcs: expected at least one, found none. Use [judge].")
         if rl.reward_weights is not None and len(rl.reward_weights) != len(reward_funcs):
@@ -189,18 +174,11 @@ class PolicyAligner(L.LightningModule):
         self.kl_estimator, self.stop_at_kl = chosen, stop_at_kl
         self.rl, self.lora, self.reward_names = rl, lora, reward_funcs
         self.eval_generations, self.family, self.seed = eval_generations, family, seed
-        self.policy: Any = None
-        self.adapter: Any = None
         self.data: Any = None
-        self.run_dir: Path | None = None
         self._judges: dict[str, AbstractReward | None] = {}  # in a dict: no part of this module's weights
         self.functions: list[RewardFunction] = []
-        self.ledger = Ledger(1)
         self.window: list[MicroBatch] = []
-        self.flops_before, self.seconds_before, self.started = 0.0, 0.0, time.perf_counter()
-        self.num_tokens, self.flat_steps, self.stopped = 0.0, 0, ""
-        self.all_tokens, self.all_flops = 0.0, 0.0  # of all processes, after each step
-        self._metrics: list[dict[str, float]] = []
+        self.flat_steps, self.stopped = 0, ""
         self._samples: list[dict[str, Any]] = []
 
     # What is trained, on what, for what
@@ -259,30 +237,6 @@ class PolicyAligner(L.LightningModule):
         )
         return DataLoader(draws, batch_size=None)
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Problems are text."""
-        return batch
-
-    def configure_optimizers(self) -> Any:
-        rl, weights = self.rl, self.adapter.parameters()
-        if rl.optim == "sgd":
-            optimizer: torch.optim.Optimizer = torch.optim.SGD(weights, lr=rl.learning_rate)
-        else:
-            betas = (rl.adam_beta1, rl.adam_beta2)
-            optimizer = torch.optim.AdamW(weights, lr=rl.learning_rate, betas=betas, weight_decay=rl.weight_decay)
-        schedule = get_scheduler(
-            rl.lr_scheduler_type, optimizer, num_warmup_steps=rl.warmup_steps, num_training_steps=rl.max_steps
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_train_start(self) -> None:
-        """Start the clock; forget lines of metrics after the checkpoint that is gone on from."""
-        self.started = time.perf_counter()
-        if self.trainer.is_global_zero and self.run_dir is not None:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            for name in ("metrics.jsonl", "completions.jsonl"):
-                keep_steps(self.run_dir / name, self.trainer.global_step)
-
     def training_step(self, batch: tuple[int, list[Problem]], batch_index: int) -> Tensor:
         """The loss of one micro-batch; the first of a draw draws."""
         tick, problems = batch
@@ -290,28 +244,15 @@ class PolicyAligner(L.LightningModule):
         if tick % (parts * self.rl.num_iterations) == 0 or not self.window:
             self.window = self.draw(problems, tick // (parts * self.rl.num_iterations))
         loss, metrics = self.loss(self.window[tick % parts])
-        self._stop_if_not_finite(loss, "loss")
+        self.stop_if_not_finite(loss, "loss")
         self._metrics.append(metrics | {"loss": loss.item()})
         if self.algorithm == "grpo" and self.rl.loss_type == "dapo":
             return loss * parts  # it is divided by the tokens of all parts, and Lightning divides by their number
         return loss
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """A gradient that is not finite must not reach the weights."""
-        norms = [weight.grad.norm() for weight in self.adapter.parameters() if weight.grad is not None]
-        norm = torch.stack(norms).norm() if norms else torch.zeros(())
-        self._stop_if_not_finite(norm, "gradient")
-        self._metrics[-1]["grad_norm"] = norm.item()
-
-    def configure_callbacks(self) -> list[L.Callback]:
-        """Lightning saves checkpoints before this module's own hook, and a line must not be missing where one is."""
-        return [StepEnd()]
-
-    def end_step(self, batch: Any) -> None:
+    def end_step(self) -> None:
         """At the end of an optimiser step: metrics, and reasons to stop or to warn."""
-        if (batch[0] + 1) % self.rl.gradient_accumulation_steps:
-            return
-        step, metrics = self.trainer.global_step, self._merge_metrics()
+        step, metrics = self.trainer.global_step, self.merge_metrics()
         if self.stop_at_kl is not None and metrics.get("kl_sequence", 0.0) > self.stop_at_kl:
             self.stopped = (
                 f"KL of {metrics['kl_sequence']:.3f} nats at step {step}, above --model.stop_at_kl {self.stop_at_kl}"
@@ -338,21 +279,17 @@ class PolicyAligner(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The adapter alone, and what the rest of a draw needs."""
-        trained = {name for name, weight in self.named_parameters() if weight.requires_grad}
-        checkpoint["state_dict"] = {n: w for n, w in checkpoint["state_dict"].items() if n in trained}
-        checkpoint["aligner"] = {
-            "flops": self.all_flops / self._world_size, "num_tokens": self.all_tokens / self._world_size,
-            "seconds": self.seconds, "flat_steps": self.flat_steps,
-            "window": [vars(part) for part in self.window] if self.rl.num_iterations > 1 else [],
-        }  # fmt: skip
+        super().on_save_checkpoint(checkpoint)
+        window = [vars(part) for part in self.window] if self.rl.num_iterations > 1 else []
+        checkpoint["aligner"] = {"flat_steps": self.flat_steps, "window": window}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on counting, and with the draw that was being used."""
+        super().on_load_checkpoint(checkpoint)
         kept = checkpoint["aligner"]
-        self.flops_before, self.seconds_before = kept["flops"], kept["seconds"]
-        self.num_tokens, self.flat_steps = kept["num_tokens"], kept["flat_steps"]
+        self.flat_steps = kept["flat_steps"]
         # of several processes the first alone has written its part: they draw anew
-        self.window = [MicroBatch(**part) for part in kept["window"]] if self._world_size == 1 else []
+        self.window = [MicroBatch(**part) for part in kept["window"]] if self.world_size == 1 else []
 
     # One draw and its loss
 
@@ -375,7 +312,7 @@ class PolicyAligner(L.LightningModule):
                 total, lambda r: group_relative_advantages(r, rl.num_generations, scale=rl.scale_rewards)
             )
         num_items = mask.sum().double().cpu()
-        if self._world_size > 1:
+        if self.world_size > 1:
             num_items = self.all_gather(num_items.to(self.policy.device)).double().mean().cpu()  # pyright: ignore
         self._sample(problems, ids, mask, total)
         window, size, each = [], rl.per_device_train_batch_size, rl.prompts_per_batch
@@ -552,70 +489,17 @@ class PolicyAligner(L.LightningModule):
 
     # Across processes, and into files
 
-    @property
-    def _world_size(self) -> int:
-        return self._trainer.world_size if self._trainer is not None else 1
-
     def _everywhere(self, values: Tensor, function: Any) -> Tensor:
         """A function of the values of all processes; this process's rows of it."""
-        if self._world_size == 1:
+        if self.world_size == 1:
             return function(values)
         gathered = self.all_gather(values.to(self.policy.device))
         whole = function(gathered.flatten(0, 1).cpu())  # pyright: ignore
         return whole[self.trainer.global_rank * len(values) :][: len(values)]
 
-    def _stop_if_not_finite(self, value: Tensor, what: str) -> None:
-        finite = bool(torch.isfinite(value).all())
-        if self._world_size > 1:
-            finite = self.trainer.strategy.reduce_boolean_decision(finite, all=True)
-        if finite:
-            return
-        step = self.trainer.global_step + 1
-        raise UserError(
-            f"--model.rl.learning_rate: expected a finite {what}, found NaN or infinity at step {step}. Lower it (now "
-            f"{self.rl.learning_rate}) or --model.rl.max_grad_norm; the last checkpoint is kept, and no weight has "
-            "been touched since."
-        )
-
-    def _merge_metrics(self) -> dict[str, float]:
-        """Means over the parts of a step and over the processes."""
-        names = self._metrics[-1]
-        merged = {
-            name: sum(part[name] for part in self._metrics if name in part)
-            / sum(name in part for part in self._metrics)
-            for name in names
-        }
-        self._metrics, costs = [], torch.tensor([self.num_tokens, self.flops], dtype=torch.float64)
-        if self._world_size > 1:
-            costs = self.trainer.strategy.reduce(costs.to(self.policy.device), reduce_op="sum")
-            values = torch.tensor(list(merged.values()), dtype=torch.float64, device=self.policy.device)
-            values = self.trainer.strategy.reduce(values.float(), reduce_op="mean")
-            merged = dict(zip(merged, values.tolist(), strict=True))  # pyright: ignore
-        self.all_tokens, self.all_flops = costs.tolist()  # pyright: ignore
-        return merged
-
-    @property
-    def flops(self) -> float:
-        """Floating-point operations of this process so far, rewards included."""
-        return self.flops_before + self.ledger.cost(0).flops
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of training so far."""
-        return self.seconds_before + time.perf_counter() - self.started
-
     def write_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """One line of metrics.jsonl, and the same to the logger."""
-        row = metrics | {
-            "learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
-            "num_tokens": self.all_tokens,
-            "flops": self.all_flops,
-            "seconds": self.seconds,
-        }
-        for logger in self.trainer.loggers:
-            logger.log_metrics({name: value for name, value in row.items()}, step=step)
-        if self.run_dir is not None:
-            append_line(self.run_dir / "metrics.jsonl", {"step": step} | row)
+        """One line of metrics.jsonl and samples in completions.jsonl, and the same to the logger."""
+        super().write_metrics(step, metrics)
         if self.rl.log_completions and self._samples:
             self._log_samples(step)
 
@@ -708,27 +592,3 @@ class PolicyAligner(L.LightningModule):
         means = {name: values.view(-1, n).nanmean(1) for name, values in named.items()}
         once = self.columns(problems, greedy.ids, greedy.mask)
         return {"greedy_accuracy": compute_rewards([grade], **once)[:, 0]} | means
-
-
-def trl_prompt(policy: Policy, problem: str) -> Text:
-    """What TRL's `prompt` column holds, so that its tokenisation gives this policy's own prompt ids."""
-    if policy.tokenizer.chat_template is None:
-        return f"{problem}\n"
-    system = [{"role": "system", "content": policy.system_prompt}] if policy.system_prompt else []
-    return [*system, {"role": "user", "content": problem}]
-
-
-def append_line(file: Path, row: dict[str, Any]) -> None:
-    """Add one line of JSON; JSON has no NaN, so that becomes null."""
-    plain = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in row.items()}
-    with file.open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(plain, ensure_ascii=False) + "\n")
-
-
-def keep_steps(file: Path, last: int) -> None:
-    """Cut a file of lines with a `step` after that step, and a line that was not written to its end."""
-    if not file.is_file():
-        return
-    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    kept = [line for line in lines if json.loads(line)["step"] <= last]
-    file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

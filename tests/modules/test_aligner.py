@@ -25,10 +25,11 @@ from nabla_rl.ledger import Ledger
 from nabla_rl.models.adapters import LoraOptions
 from nabla_rl.models.groups import group_logits
 from nabla_rl.models.policy import Policy
+from nabla_rl.modules.adapter_training import keep_steps
 from nabla_rl.modules.align_config import RLConfig
 from nabla_rl.modules.align_data import AlignmentData
 from nabla_rl.modules.align_trl import build_trl_trainer
-from nabla_rl.modules.aligner import MicroBatch, PolicyAligner, keep_steps
+from nabla_rl.modules.aligner import MicroBatch, PolicyAligner
 from nabla_rl.types import UserError
 from tests import toys_hf
 
