@@ -206,3 +206,21 @@ def test_points_are_every_combination_for_every_seed():
     assert [point.id for point in points] == ["b=1_c=x_seed=0", "b=1_c=x_seed=5", "b=2_c=x_seed=0", "b=2_c=x_seed=5"]
     with pytest.raises(UserError, match="--seeds: expected different whole numbers"):
         build_points({"a": [1]}, [])
+
+
+def test_variants_are_held_to_the_first_one_on_the_same_problems(tmp_path):
+    """One part changed at a time: paired differences, and the share of FLOPs that a change saves."""
+    models = toys_cli.save_models(tmp_path / "models")
+    fixed = {
+        "data.family": "sorting", "data.limit": 4, "model.decoders": ["best_of_n"], "model.policy.name": "POLICY",
+        "model.sampling.max_new_tokens": 8, "model.gold.name": None,
+    }  # fmt: skip
+    fixed |= {"model.policy.name": str(models / "policy"), "model.reward.name": str(models / "reward")}
+    variants = {"eight": {"model.best_of_n.n": 8}, "two": {"model.best_of_n.n": 2}}
+    file = write(tmp_path, study="decode", fixed=fixed, variants=variants)
+    assert cli.ablate(["--config", str(file), "--run_dir", str(tmp_path / "run")]) == 0
+    first, second = json.loads((tmp_path / "run" / "table.json").read_text())
+    assert (first["variant"], second["variant"]) == ("eight", "two") and "difference" not in first
+    assert second["difference"] == pytest.approx(second["accuracy"] - first["accuracy"])
+    assert second["flops_saved"] == pytest.approx(1 - second["flops"] / first["flops"])
+    assert 0.3 < second["flops_saved"] < 1
