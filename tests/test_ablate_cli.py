@@ -183,18 +183,22 @@ def test_a_folder_of_another_study_is_refused(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_every_yaml_is_a_study_that_can_run(file):
     options = ablate_cli.build_parser().parse_args(["--config", str(file)])
-    points = build_points(options.grid, options.seeds)
+    variants = options.variants
+    points = build_points(ablate_cli.whole_grid(options.grid, variants), options.seeds)
     assert 1 < len(points) <= 40
     if options.study == "duality_exact":
         DualityExact().check(points)
         return
-    study = DecodeGrid(options.fixed)
+    study = DecodeGrid(options.fixed, variants)
     study.check(points)
     for point in (points[0], points[-1]):
         config = parse(study.arguments(point, Path("unused")))
         assert config["model"]["decoders"] == options.fixed["model.decoders"]
-        assert config["data"]["split"] == "validation" and config["data"]["limit"] <= 64
-        for name, value in point.values.items():
+        assert config["data"]["split"] == "validation" and config["data"]["limit"] <= 200
+        chosen = variants.get(point.values.get("variant"), {})
+        for name, value in {**point.values, **chosen}.items():
+            if name == "variant":
+                continue
             found = config
             for part in name.split("."):
                 found = found[part]

@@ -85,9 +85,7 @@ def main(arguments: list[str]) -> int:
     )
     if options.study == "duality_exact" and options.fixed:
         raise UserError("--fixed: expected none with duality_exact, found some. Use --exact.NAME VALUE.")
-    if options.variants:
-        options.grid = {**options.grid, VARIANT: list(options.variants)}
-    points = build_points(options.grid, [options.seed + seed for seed in options.seeds])
+    points = build_points(whole_grid(options.grid, options.variants), [options.seed + seed for seed in options.seeds])
     study.check(points)
     folder = Path(options.run_dir or Path("runs/ablate") / Path(files[-1] if files else DEFAULT).stem)
     decisive = {
@@ -108,6 +106,11 @@ def main(arguments: list[str]) -> int:
         raise
     finish(study, points, run_folder, arguments, console)
     return 0
+
+
+def whole_grid(grid: dict[str, Any], variants: dict[str, Any]) -> dict[str, Any]:
+    """The grid, with the labels of the variants as its last and fastest name."""
+    return {**grid, VARIANT: list(variants)} if variants else grid
 
 
 def run_points(study: AbstractStudy, points: list[Point], folder: RunFolder) -> None:
