@@ -173,11 +173,17 @@ def rloo_loss(
     *,
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
+    differentiable_kl: Float[Tensor, "batch length"] | None = None,
+    beta: float = 0.0,
 ) -> Float[Tensor, ""]:
     r"""REINFORCE with leave-one-out advantages, one ratio for each completion; the KL is in the advantages.
 
     .. math:: \mathcal{L} = -\frac1B \sum_b \min(c_b A_b, \mathrm{clip}(c_b) A_b),
               \qquad c_b = \frac{\pi(y_b \mid x_b)}{\pi_{old}(y_b \mid x_b)}
+
+    The gradient of :math:`E_\pi[\sum_i k_i]` has two terms: the score function's, which the advantages bring, and that
+    of the estimate itself, :math:`\beta\, E[\sum_i \nabla k_i]`, which ``differentiable_kl`` adds. For :math:`k_1` it
+    is zero in expectation, and left out.
 
     Args:
         per_token_logps: :math:`\log \pi` of the completions' tokens, with gradients, shape ``(batch, length)``.
@@ -186,6 +192,9 @@ def rloo_loss(
         mask: True at completion tokens.
         epsilon: Lower clipping range.
         epsilon_high: Upper clipping range; None means ``epsilon``.
+        differentiable_kl: The estimate of the KL a token that is in the advantages, *with* gradients (:math:`k_3`, or
+            exact over the vocabulary); None for :math:`k_1`.
+        beta: KL coefficient, of ``differentiable_kl``.
 
     Returns:
         A scalar.
@@ -199,7 +208,8 @@ def rloo_loss(
         Ahmadian et al., 2024, https://arxiv.org/abs/2402.14740, Eq. 7; TRL: ``RLOOTrainer``.
     """
     logps = sequence_logps(per_token_logps, mask)
-    return clipped_surrogate(logps, old_logps, advantages, epsilon=epsilon, epsilon_high=epsilon_high).mean()
+    loss = clipped_surrogate(logps, old_logps, advantages, epsilon=epsilon, epsilon_high=epsilon_high).mean()
+    return loss if differentiable_kl is None else loss + beta * sequence_logps(differentiable_kl, mask).mean()
 
 
 def grpo_loss(
@@ -210,6 +220,7 @@ def grpo_loss(
     *,
     per_token_kl: Float[Tensor, "batch length"] | None = None,
     beta: float = 0.0,
+    bias_correction: bool = False,
     loss_type: LossType = "grpo",
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
@@ -232,6 +243,8 @@ def grpo_loss(
         per_token_kl: One estimate of the KL a token, *with* gradients (:math:`k_3`, TRL's; or exact). Not :math:`k_1`,
             whose gradient is zero in expectation unless it is multiplied by the ratio.
         beta: KL coefficient.
+        bias_correction: Multiply the estimate by the token's ratio, with its gradient, so that the mean of its
+            gradient is that of the KL (TRL: ``use_bias_correction_kl``). An exact KL needs none.
         loss_type: How tokens are averaged.
         epsilon: Lower clipping range.
         epsilon_high: Upper clipping range; None means ``epsilon``.
@@ -262,6 +275,8 @@ def grpo_loss(
         per_token_logps, old, advantages.unsqueeze(1), epsilon=epsilon, epsilon_high=epsilon_high
     )
     if per_token_kl is not None and beta:
+        if bias_correction:
+            per_token_kl = per_token_kl * torch.exp(per_token_logps - old)
         losses = losses + beta * per_token_kl
     losses = losses.masked_fill(~mask, 0.0)
     if loss_type == "grpo":

@@ -149,7 +149,7 @@ def build_loggers(settings: AdapterConfig, folder: Path) -> list[Logger]:
 
 def figure_names(figures: Mapping[str, Any]) -> list[str]:
     """The figures that have a value."""
-    skip = ("problems", "generations")
+    skip = ("problems", "generations", "evaluation_flops")
     return [n for n, v in figures.items() if n not in skip and not n.endswith("_error") and v is not None]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -58,6 +59,9 @@ class RLConfig(AdapterConfig):
     """Log sample completions, too."""
     num_completions_to_print: int | None = 4
     """How many of them; null: all of a batch."""
+    eval_steps: int | None = None
+    """Steps between evaluations on the held-out problems while it trains, for learning curves; null: none. What they
+    cost is kept apart from what training costs."""
 
     def __post_init__(self) -> None:
         """Check the values in the spelling of the command line."""
@@ -76,6 +80,10 @@ class RLConfig(AdapterConfig):
             raise UserError(
                 f"--model.rl.per_device_train_batch_size: expected whole groups of {self.num_generations} "
                 f"completions, found {size}. Take a multiple of --model.rl.num_generations."
+            )
+        if self.eval_steps is not None and self.eval_steps < 1:
+            raise UserError(
+                f"--model.rl.eval_steps: expected at least 1 or null, found {self.eval_steps}. Use null for none."
             )
         self.check(
             at_least_one=("num_iterations", "max_completion_length"),
@@ -97,3 +105,63 @@ class RLConfig(AdapterConfig):
 
         config = GRPOConfig if algorithm == "grpo" else RLOOConfig
         return self.as_trl(config, **more)
+
+
+def chosen_estimator(algorithm: Algorithm, estimator: KLEstimator) -> str:
+    """The estimator of the KL that trains; auto is TRL's."""
+    return {"rloo": "k1", "grpo": "k3"}[algorithm] if estimator == "auto" else estimator
+
+
+def check_options(
+    rl: RLConfig,
+    *,
+    algorithm: Algorithm,
+    kl_estimator: KLEstimator,
+    reward_funcs: Sequence[str],
+    judge: str | None,
+    adapter: str | None,
+    searched: bool,
+    stop_at_kl: float | None,
+    eval_generations: int,
+) -> None:
+    """Refuse options that do not go together, in the spelling of the command line.
+
+    `judge` is the name of the reward model, `adapter` that of one that is in the policy already, `searched` whether
+    completions are decoded by ∇-Reasoner.
+    """
+    if not reward_funcs:
+        raise UserError("--model.reward_funcs: expected at least one, found none. Use [judge].")
+    if rl.reward_weights is not None and len(rl.reward_weights) != len(reward_funcs):
+        raise UserError(
+            f"--model.rl.reward_weights: expected one for each of {len(reward_funcs)} reward functions, found "
+            f"{len(rl.reward_weights)}."
+        )
+    if "judge" in reward_funcs and judge is None:
+        raise UserError(
+            "--model.reward.name: expected a reward model for judge, found none. Name one, or leave judge out of "
+            "--model.reward_funcs."
+        )
+    if adapter is not None:
+        raise UserError(
+            f"--model.policy.adapter: expected none, found {adapter!r}. A new adapter is trained; merge "
+            "the old one into the weights first."
+        )
+    if stop_at_kl is not None and not stop_at_kl > 0:
+        raise UserError(f"--model.stop_at_kl: expected a positive number or null, found {stop_at_kl}.")
+    if eval_generations < 1:
+        raise UserError(f"--model.eval_generations: expected at least 1, found {eval_generations}.")
+    chosen = chosen_estimator(algorithm, kl_estimator)
+    if (algorithm, chosen) == ("grpo", "k1") and not rl.use_bias_correction_kl:
+        raise UserError(
+            "--model.kl_estimator: expected k3 or exact in GRPO's loss, found k1, whose gradient is zero in "
+            "expectation. Or pass --model.rl.use_bias_correction_kl true."
+        )
+    if not searched:
+        return
+    if (algorithm, chosen) != ("rloo", "k1") or rl.num_iterations > 1 or not rl.beta:
+        raise UserError(
+            "--model.rollouts: expected sample, found nabla or mixed. Completions of another law than the policy's "
+            "keep the fixed point with --model.algorithm rloo, --model.kl_estimator k1, beta > 0 and num_iterations 1."
+        )
+    if "judge" not in reward_funcs:
+        raise UserError("--model.reward_funcs: expected judge among them for ∇-Reasoner's rollouts, which climb it.")

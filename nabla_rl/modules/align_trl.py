@@ -1,7 +1,8 @@
 """The other engine: the same adapter, problems, rewards and settings, trained by TRL's GRPOTrainer or RLOOTrainer.
 
 It brings what TRL has and this package does not own: vLLM rollouts, DeepSpeed, FSDP. Start several processes with
-`accelerate launch` or `torchrun`.
+`accelerate launch` or `torchrun`. Completions of ∇-Reasoner come in by GRPOTrainer's `rollout_func`; TRL's RLOOTrainer
+has none, so that for them GRPOTrainer is set up to take RLOO's steps (`align_trl_search`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
@@ -18,8 +20,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.rloo_trainer import RLOOTrainer
 
-from nabla_rl.modules.adapter_training import append_line, keep_steps, trl_prompt
-from nabla_rl.modules.aligner import PolicyAligner
+from nabla_rl.modules.adapter_training import append_line, keep_steps
+from nabla_rl.modules.align_trl_search import SearchRollouts, build_search_trainer, training_rows
+from nabla_rl.modules.aligner import EVALUATIONS, PolicyAligner
 from nabla_rl.types import UserError
 
 
@@ -38,26 +41,37 @@ class Report(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget lines of metrics after the checkpoint that is gone on from."""
         if state.is_world_process_zero:
-            keep_steps(self.folder / "metrics.jsonl", state.global_step)
+            for name in ("metrics.jsonl", EVALUATIONS):
+                keep_steps(self.folder / name, state.global_step)
             self.bar.start()
+            if state.global_step == 0:
+                self.module.evaluate_step(0)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A gradient that is not finite must not reach the weights, nor a checkpoint."""
+        norms = [weight.grad.norm() for weight in self.module.adapter.parameters() if weight.grad is not None]
+        if norms and not bool(torch.stack(norms).isfinite().all()):
+            raise not_finite(self.module, "gradient", state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the bar."""
         self.bar.update(self.task, completed=state.global_step)
+        if state.is_world_process_zero:
+            count_cost(self.module, state)
+            self.module.evaluate_step(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Write a line, and see to the KL."""
         logs = dict(logs or {})
         if "reward" not in logs:  # what comes at the very end
             return
-        # the mean over tokens times their mean number is the mean over completions of the sum
-        logs["kl_sequence"] = logs.get("kl", 0.0) * logs["completions/mean_length"]
+        if self.module.rollouts != "sample":
+            logs = SearchRollouts.plain_metrics(logs)
+        if "kl_sequence" not in logs:
+            # the mean over tokens times their mean number is the mean over completions of the sum
+            logs["kl_sequence"] = logs.get("kl", 0.0) * logs["completions/mean_length"]
         logs["objective"] = logs["reward"] - self.module.rl.beta * logs["kl_sequence"]
-        limit = self.module.stop_at_kl
-        if limit is not None and logs["kl_sequence"] > limit:
-            self.module.stopped = (
-                f"KL of {logs['kl_sequence']:.3f} nats at step {state.global_step}, above --model.stop_at_kl {limit}"
-            )
+        if self.module.enough(state.global_step, logs):
             control.should_training_stop = True
         if not state.is_world_process_zero:
             return
@@ -68,22 +82,6 @@ class Report(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the finished bar on the screen."""
         self.bar.stop()
-
-
-def training_rows(module: PolicyAligner, world_size: int = 1) -> list[dict[str, Any]]:
-    """The problems of all draws of a run in order, as TRL's data set has them."""
-    rl = module.rl
-    count = rl.gradient_accumulation_steps * world_size * rl.prompts_per_batch
-    return [
-        {
-            "prompt": trl_prompt(module.policy, problem.problem),
-            "problem": problem.problem,
-            "answer": problem.answer,
-            "id": problem.id,
-        }
-        for draw in range(-(-rl.max_steps // rl.num_iterations))
-        for problem in module.data.training(draw, count)
-    ]
 
 
 def build_trl_trainer(module: PolicyAligner, folder: Path, **more: Any) -> Any:
@@ -98,17 +96,16 @@ def build_trl_trainer(module: PolicyAligner, folder: Path, **more: Any) -> Any:
             f"--model.kl_estimator: expected auto or {own} with --engine trl, found {module.kl_estimator}. TRL's "
             f"{module.algorithm.upper()} has no other."
         )
-    if module.rollouts != "sample":
-        raise UserError(
-            "--model.rollouts: expected sample with --engine trl, found nabla. TRL's RLOO takes no completions of "
-            "another law; use the lightning engine."
-        )
     report_to = "wandb" if module.rl.report_to == "wandb" else "none"
     on_cpu = module.policy.device.type == "cpu"
     settings = {
         "output_dir": str(folder / "trl"), "use_cpu": on_cpu, "report_to": report_to, "seed": module.seed,
         "shuffle_dataset": False, "disable_tqdm": True, "save_total_limit": 1, "log_completions": False,
     }  # fmt: skip
+    if module.rollouts != "sample":
+        trainer = build_search_trainer(module, **(settings | more))
+        trainer.remove_callback(PrinterCallback)
+        return trainer
     config = module.rl.to_trl(module.algorithm, **(settings | more))
     trainer = {"rloo": RLOOTrainer, "grpo": GRPOTrainer}[module.algorithm](
         model=module.adapter.peft,
@@ -131,13 +128,26 @@ def fit_with_trl(module: PolicyAligner, folder: Path) -> None:
     except RuntimeError as error:
         if "probability tensor contains" not in str(error):
             raise
-        raise UserError(
-            f"--model.rl.learning_rate: expected finite logits, found NaN or infinity after step "
-            f"{trainer.state.global_step}. Lower it (now {module.rl.learning_rate}); the last checkpoint is kept."
-        ) from error
-    module.all_tokens = float(trainer.state.num_input_tokens_seen)
-    # TRL keeps no ledger: the linear layers' operations. A forward each to sample, to score anew, for the reference
-    # and to train, and a backward.
-    passes = 3 + (module.algorithm == "rloo") + (module.rl.beta > 0)
+        raise not_finite(module, "logits", trainer.state.global_step) from error
+    count_cost(module, trainer.state)
+
+
+def not_finite(module: PolicyAligner, what: str, step: int) -> UserError:
+    """What to say when numbers are no numbers."""
+    return UserError(
+        f"--model.rl.learning_rate: expected finite {what}, found NaN or infinity after step {step}. Lower it (now "
+        f"{module.rl.learning_rate}); the last checkpoint is kept, and no weight has been touched since."
+    )
+
+
+def count_cost(module: PolicyAligner, state: Any) -> None:
+    """Put down what TRL's training has cost so far.
+
+    TRL keeps no ledger: the linear layers' operations. A forward each to sample (less where ∇-Reasoner draws, whose
+    ledger is its own), to score anew, for the reference and to train, and a backward.
+    """
+    module.all_tokens = float(state.num_input_tokens_seen)
+    sampled = {"sample": 1.0, "mixed": 0.5, "nabla": 0.0}[module.rollouts]
+    passes = 2 + sampled + (module.algorithm == "rloo") + (module.rl.beta > 0)
     weights = module.policy.backbone.formula.block_weights
     module.all_flops = module.flops + 2.0 * weights * module.all_tokens * passes

@@ -8,21 +8,19 @@ crosses over.
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from nabla_rl.data.problems import Problem
-from nabla_rl.decoding import Nabla, Sampling
 from nabla_rl.functional.kl import kl_estimate, reverse_kl
-from nabla_rl.functional.logps import compute_entropy, selective_log_softmax, sequence_logps
+from nabla_rl.functional.logps import selective_log_softmax, sequence_logps
 from nabla_rl.functional.policy_gradient import (
     group_relative_advantages,
     grpo_loss,
@@ -30,22 +28,34 @@ from nabla_rl.functional.policy_gradient import (
     penalise_rewards,
     rloo_loss,
 )
-from nabla_rl.functional.seeding import seeded_generator
-from nabla_rl.ledger import Ledger
 from nabla_rl.models.adapters import LoraOptions, attach_adapter
 from nabla_rl.models.groups import group_logits
 from nabla_rl.models.loading import PolicyOptions, RewardOptions, load_policy, resolve_name
 from nabla_rl.models.policy import Policy
-from nabla_rl.modules.adapter_training import AdapterTraining, append_line, trl_prompt
-from nabla_rl.modules.align_config import Algorithm, KLEstimator, RLConfig
+from nabla_rl.modules.adapter_training import AdapterTraining, append_line
+from nabla_rl.modules.align_config import Algorithm, KLEstimator, RLConfig, check_options, chosen_estimator
 from nabla_rl.modules.align_data import AlignmentData, Draws
+from nabla_rl.modules.align_evaluation import evaluate
+from nabla_rl.modules.align_metrics import step_metrics
+from nabla_rl.modules.align_rollouts import (
+    Completions,
+    MicroBatch,
+    Rollouts,
+    build_search,
+    check_search,
+    interleave,
+    reward_columns,
+    sample_groups,
+    sample_lines,
+    search_groups,
+)
+from nabla_rl.modules.decoder_options import PREFIX_VALUES
 from nabla_rl.modules.decoding import NablaOptions, check_lengths, in_role, load_reward
 from nabla_rl.rewards.base import AbstractReward, check_shared_vocabulary
 from nabla_rl.rewards.functions import (
     GraderReward,
     JudgeReward,
     RewardFunction,
-    Text,
     compute_rewards,
     import_reward,
     reward_name,
@@ -53,36 +63,13 @@ from nabla_rl.rewards.functions import (
 )
 from nabla_rl.types import UserError
 
+EVALUATIONS = "evaluations.jsonl"
 FLAT_STEPS = 10
 """Steps in a row without a difference between the rewards of any group, after which the user is warned."""
 
-
-@dataclass
-class MicroBatch:
-    """Groups of completions that go through one forward and backward.
-
-    Attributes:
-        prompts: ids of the P prompts.
-        ids, mask: (P·G, length), right padded.
-        rewards: (P·G, functions), NaN where there is none.
-        total: (P·G,), their weighted sum.
-        finished: (P·G,), did the completion end by itself?
-        advantages: (P·G,), where they are known.
-        old: (P·G, length), log-probabilities under the policy that drew them, where they are known.
-        ref: the same under the reference.
-        num_items: completion tokens of the whole draw over all processes, for one process.
-    """
-
-    prompts: list[list[int]]
-    ids: Tensor
-    mask: Tensor
-    rewards: Tensor
-    total: Tensor
-    finished: Tensor
-    advantages: Tensor | None = None
-    old: Tensor | None = None
-    ref: Tensor | None = None
-    num_items: float = 0.0
+SEARCH = NablaOptions(loop="published", max_rollouts=4, edits=replace(PREFIX_VALUES, temperature=1.0))
+"""How ∇-Reasoner decodes what is trained on: the loop of DTO, and where edits are chosen instead, edits that differ
+from one completion of a group to the next."""
 
 
 class PolicyAligner(AdapterTraining):
@@ -98,12 +85,13 @@ class PolicyAligner(AdapterTraining):
         kl_estimator: of the KL that trains: k1 (log π/π_ref of the token), k3 (never negative, less noisy), exact
             (summed over the vocabulary at every position); auto: TRL's, k1 for rloo and k3 for grpo. All three have
             the KL as their mean.
-        rollouts: sample (the policy's own completions), or nabla (∇-Reasoner's published loop of DTO, decoded from the
-            policy with the judge and this β; RLOO with k1 alone). Its law has no density that could be evaluated, so
-            there are no importance weights: its completions are off-policy data of weight 1. That keeps the fixed
-            point: the return r - β log(π/π_ref) is constant at ρ*, so every advantage is zero there, whatever drew the
-            completions.
-        nabla: how ∇-Reasoner decodes them.
+        rollouts: sample (the policy's own completions), nabla (∇-Reasoner, decoding from the policy of the moment with
+            the judge and this β), or mixed (half of each group by either). A search's law has no density that could
+            be evaluated, so there are no importance weights: its completions are off-policy data of weight 1, for
+            RLOO with k1 alone. That keeps the fixed point: the return r - β log(π/π_ref) is constant at ρ*, so every
+            advantage is zero there, whatever drew the completions; mixed also draws all of them, which a search need
+            not.
+        nabla: how ∇-Reasoner decodes them: the loop of DTO (published), or edits.
         stop_at_kl: stop once a step's mean KL per completion, in nats, exceeds this; null: never.
         rl: the reinforcement learning, in TRL's words.
         lora: the adapter, in PEFT's words.
@@ -112,7 +100,7 @@ class PolicyAligner(AdapterTraining):
         seed: of every random number.
     """
 
-    files = ("metrics.jsonl", "completions.jsonl")
+    files = ("metrics.jsonl", "completions.jsonl", EVALUATIONS)
 
     def __init__(
         self,
@@ -122,8 +110,8 @@ class PolicyAligner(AdapterTraining):
         algorithm: Algorithm = "rloo",
         reward_funcs: list[str] = ["judge"],  # noqa: B006, not changed
         kl_estimator: KLEstimator = "auto",
-        rollouts: Literal["sample", "nabla"] = "sample",
-        nabla: NablaOptions = NablaOptions(max_rollouts=4),  # noqa: B008, frozen
+        rollouts: Rollouts = "sample",
+        nabla: NablaOptions = SEARCH,
         stop_at_kl: float | None = None,
         rl: RLConfig = RLConfig(),  # noqa: B008, frozen
         lora: LoraOptions = LoraOptions(),  # noqa: B008, frozen
@@ -132,46 +120,23 @@ class PolicyAligner(AdapterTraining):
         seed: int = 0,
     ):
         super().__init__(rl)
-        if not reward_funcs:
-            raise UserError("--model.reward_funcs: expected at least one, found none. Use [judge].")
-        if rl.reward_weights is not None and len(rl.reward_weights) != len(reward_funcs):
-            raise UserError(
-                f"--model.rl.reward_weights: expected one for each of {len(reward_funcs)} reward functions, found "
-                f"{len(rl.reward_weights)}."
-            )
-        if "judge" in reward_funcs and reward.name is None:
-            raise UserError(
-                "--model.reward.name: expected a reward model for judge, found none. Name one, or leave judge out of "
-                "--model.reward_funcs."
-            )
-        if policy.adapter is not None:
-            raise UserError(
-                f"--model.policy.adapter: expected none, found {policy.adapter!r}. A new adapter is trained; merge "
-                "the old one into the weights first."
-            )
-        if stop_at_kl is not None and not stop_at_kl > 0:
-            raise UserError(f"--model.stop_at_kl: expected a positive number or null, found {stop_at_kl}.")
-        if eval_generations < 1:
-            raise UserError(f"--model.eval_generations: expected at least 1, found {eval_generations}.")
-        chosen = {"rloo": "k1", "grpo": "k3"}[algorithm] if kl_estimator == "auto" else kl_estimator
-        if (algorithm, chosen) == ("grpo", "k1") and not rl.use_bias_correction_kl:
-            raise UserError(
-                "--model.kl_estimator: expected k3 or exact in GRPO's loss, found k1, whose gradient is zero in "
-                "expectation. Or pass --model.rl.use_bias_correction_kl true."
-            )
-        if rollouts == "nabla" and ((algorithm, chosen) != ("rloo", "k1") or rl.num_iterations > 1 or not rl.beta):
-            raise UserError(
-                "--model.rollouts: expected sample, found nabla. Completions of another law than the policy's keep "
-                "the fixed point with --model.algorithm rloo, --model.kl_estimator k1, beta > 0 and num_iterations 1."
-            )
-        if rollouts == "nabla" and "judge" not in reward_funcs:
-            raise UserError(
-                "--model.reward_funcs: expected judge among them for --model.rollouts nabla, which climbs it."
-            )
+        check_options(
+            rl,
+            algorithm=algorithm,
+            kl_estimator=kl_estimator,
+            reward_funcs=reward_funcs,
+            judge=reward.name,
+            adapter=policy.adapter,
+            searched=rollouts != "sample",
+            stop_at_kl=stop_at_kl,
+            eval_generations=eval_generations,
+        )
+        if rollouts != "sample":
+            check_search(nabla, rl)
         self.rollouts, self.nabla = rollouts, nabla
         self.options = {"policy": policy, "reward": reward, "gold": gold}
         self.algorithm: Algorithm = algorithm
-        self.kl_estimator, self.stop_at_kl = chosen, stop_at_kl
+        self.kl_estimator, self.stop_at_kl = chosen_estimator(algorithm, kl_estimator), stop_at_kl
         self.rl, self.lora, self.reward_names = rl, lora, reward_funcs
         self.eval_generations, self.family, self.seed = eval_generations, family, seed
         self.data: Any = None
@@ -237,6 +202,12 @@ class PolicyAligner(AdapterTraining):
         )
         return DataLoader(draws, batch_size=None)
 
+    def on_train_start(self) -> None:
+        """Start the clock, with the figures of the policy as it is before the first step."""
+        super().on_train_start()
+        if self.trainer.global_step == 0:
+            self.evaluate_step(0)
+
     def training_step(self, batch: tuple[int, list[Problem]], batch_index: int) -> Tensor:
         """The loss of one micro-batch; the first of a draw draws."""
         tick, problems = batch
@@ -253,21 +224,10 @@ class PolicyAligner(AdapterTraining):
     def end_step(self) -> None:
         """At the end of an optimiser step: metrics, and reasons to stop or to warn."""
         step, metrics = self.trainer.global_step, self.merge_metrics()
-        if self.stop_at_kl is not None and metrics.get("kl_sequence", 0.0) > self.stop_at_kl:
-            self.stopped = (
-                f"KL of {metrics['kl_sequence']:.3f} nats at step {step}, above --model.stop_at_kl {self.stop_at_kl}"
-            )
+        if self.enough(step, metrics):
             self.trainer.should_stop = True
-        self.flat_steps = self.flat_steps + 1 if metrics["frac_reward_zero_std"] == 1.0 else 0
         if not self.trainer.is_global_zero:
             return
-        if self.flat_steps == FLAT_STEPS:
-            print(  # noqa: T201
-                f"warning: expected rewards that differ within a group, found all equal for {FLAT_STEPS} steps: there "
-                "is nothing to learn from. Raise --model.rl.num_generations or --model.rl.temperature, or take "
-                "problems that are neither too hard nor too easy.",
-                file=sys.stderr,
-            )
         self.log_dict(
             {name: metrics[name] for name in ("reward", "kl_sequence")},
             prog_bar=True,
@@ -276,6 +236,24 @@ class PolicyAligner(AdapterTraining):
         )
         if step % self.rl.logging_steps == 0:
             self.write_metrics(step, metrics)
+        self.evaluate_step(step)
+
+    def enough(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Has the policy gone too far from its reference? Warn, too, where it has long had nothing to learn from."""
+        self.flat_steps = self.flat_steps + 1 if metrics["frac_reward_zero_std"] == 1.0 else 0
+        if self.flat_steps == FLAT_STEPS and (self._trainer is None or self.trainer.is_global_zero):
+            print(  # noqa: T201
+                f"warning: expected rewards that differ within a group, found all equal for {FLAT_STEPS} steps: there "
+                "is nothing to learn from. Raise --model.rl.num_generations or --model.rl.temperature, or take "
+                "problems that are neither too hard nor too easy.",
+                file=sys.stderr,
+            )
+        if self.stop_at_kl is None or metrics["kl_sequence"] <= self.stop_at_kl:
+            return False
+        self.stopped = (
+            f"KL of {metrics['kl_sequence']:.3f} nats at step {step}, above --model.stop_at_kl {self.stop_at_kl}"
+        )
+        return True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The adapter alone, and what the rest of a draw needs."""
@@ -303,7 +281,8 @@ class PolicyAligner(AdapterTraining):
                 "the policy's. Use 0, or --engine trl."
             )
         prompts = [policy.encode_prompt(problem.problem) for problem in problems]
-        ids, mask, finished = self.rollout(problems, prompts, number)
+        drawn = self.rollout(problems, prompts, number)
+        ids, mask = drawn.ids, drawn.mask
         rewards = self.reward(problems, ids, mask)
         total = weigh_rewards(rewards, rl.reward_weights)
         advantages = None
@@ -314,7 +293,8 @@ class PolicyAligner(AdapterTraining):
         num_items = mask.sum().double().cpu()
         if self.world_size > 1:
             num_items = self.all_gather(num_items.to(self.policy.device)).double().mean().cpu()  # pyright: ignore
-        self._sample(problems, ids, mask, total)
+        if rl.log_completions:
+            self._samples = sample_lines(policy, problems, ids, mask, total, rl.num_completions_to_print)
         window, size, each = [], rl.per_device_train_batch_size, rl.prompts_per_batch
         for part in range(len(problems) // each):
             rows = slice(part * size, (part + 1) * size)
@@ -326,7 +306,7 @@ class PolicyAligner(AdapterTraining):
                     mask[rows, :width],
                     rewards[rows],
                     total[rows],
-                    finished[rows],
+                    drawn.finished[rows],
                     None if advantages is None else advantages[rows].to(ids.device),
                     num_items=float(num_items),
                 )  # fmt: skip
@@ -334,70 +314,27 @@ class PolicyAligner(AdapterTraining):
         self.num_tokens += int(mask.sum()) + rl.num_generations * sum(map(len, prompts))
         return window
 
-    def rollout(
-        self, problems: Sequence[Problem], prompts: Sequence[Sequence[int]], number: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`num_generations` samples of each problem: ids, mask and whether they ended; row G·i + j depends on (seed,
-        draw, problem, j)."""
-        if self.rollouts == "nabla":
-            return self._search(problems, number)
-        rl = self.rl
-        accounts = torch.zeros(len(prompts), dtype=torch.int64)
-        prefix = self.policy.prefill(prompts, accounts, self.ledger)
-        rows = torch.arange(len(prompts), device=self.policy.device).repeat_interleave(rl.num_generations)
-        generators = [
-            seeded_generator(self.seed, "align", number, problem.id, j)
-            for problem in problems
-            for j in range(rl.num_generations)
-        ]
-        drawn = self.policy.rollout(
-            prefix.select(rows), generators=generators, max_new_tokens=rl.max_completion_length,
-            temperature=rl.temperature, top_p=rl.top_p,
-        )  # fmt: skip
-        return drawn.ids, drawn.mask, drawn.finished
-
-    def _search(self, problems: Sequence[Problem], number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """`num_generations` completions of each problem by ∇-Reasoner, each with random numbers of its own."""
-        rl, device = self.rl, self.policy.device
-        sampling = Sampling(rl.temperature, rl.top_p, rl.max_completion_length)
-        own = {entry.name for entry in fields(Nabla)}
-        settings = {name: value for name, value in vars(self.nabla).items() if name in own}
-        decoder = Nabla(**settings, beta=rl.beta, sampling=sampling, seed=self.seed)
-        asked = [
-            replace(problem, id=f"{problem.id}/{number}/{j}")
-            for problem in problems
-            for j in range(rl.num_generations)
-        ]
-        ledger = Ledger(len(asked))
-        with torch.enable_grad():
-            found = decoder.decode(asked, self.policy, self._judges.get("reward"), ledger)
-        self.flops_before += sum(ledger.cost(index).flops for index in range(len(asked)))
-        rows = [torch.tensor(one.ids, device=device) for one in found]
-        ids = pad_sequence(rows, batch_first=True, padding_value=self.policy.pad_id)
-        lengths = torch.tensor([len(row) for row in rows], device=device)
-        mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-        return ids, mask, torch.tensor([one.finished for one in found], device=device)
+    def rollout(self, problems: Sequence[Problem], prompts: Sequence[Sequence[int]], number: int) -> Completions:
+        """`num_generations` completions of each problem; row G·i + j depends on (seed, draw, problem, j)."""
+        size = self.rl.num_generations
+        drawn = {"sample": size, "nabla": 0, "mixed": size - size // 2}[self.rollouts]
+        sampled = searched = None
+        if drawn:
+            key = (self.seed, "align", number)
+            sampled = sample_groups(self.policy, problems, prompts, range(drawn), self.rl, self.ledger, key=key)
+        if drawn < size:
+            decoder, judge = build_search(self.nabla, self.rl, self.seed), self._judges.get("reward")
+            searched, flops = search_groups(decoder, self.policy, judge, problems, range(drawn, size), number)
+            self.flops_before += flops
+        if sampled is not None and searched is not None:
+            return interleave(sampled, searched, len(problems), self.policy)
+        found = sampled or searched
+        assert found is not None
+        return found
 
     def reward(self, problems: Sequence[Problem], ids: Tensor, mask: Tensor) -> Tensor:
         """What the reward functions say of G completions of each problem, (rows, functions)."""
-        return compute_rewards(self.functions, **self.columns(problems, ids, mask))
-
-    def columns(self, problems: Sequence[Problem], ids: Tensor, mask: Tensor) -> dict[str, Any]:
-        """The arguments of a reward function, as TRL's trainers would give them."""
-        size = len(ids) // len(problems)
-        rows = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
-        repeated = [problem for problem in problems for _ in range(size)]
-        texts: list[Text] = [self.policy.decode(row) for row in rows]
-        if self.policy.tokenizer.chat_template is not None:
-            texts = [[{"role": "assistant", "content": text}] for text in texts]
-        return {
-            "prompts": [trl_prompt(self.policy, problem.problem) for problem in repeated],
-            "completions": texts,
-            "completion_ids": rows,
-            "problem": [problem.problem for problem in repeated],
-            "answer": [problem.answer for problem in repeated],
-            "id": [problem.id for problem in repeated],
-        }
+        return compute_rewards(self.functions, **reward_columns(self.policy, problems, ids, mask))
 
     def logps(self, part: MicroBatch) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the tokens at the temperature, and the logits that they are of."""
@@ -420,72 +357,35 @@ class PolicyAligner(AdapterTraining):
         logps, logits = self.logps(part)
         if part.old is None:
             part.old = logps.detach()
-        ratio = torch.exp(logps - part.old)
-        kl = None
-        if rl.beta:
-            assert part.ref is not None
-            if self.kl_estimator == "exact":
-                assert ref_logits is not None
-                kl = reverse_kl(logits.log_softmax(-1), ref_logits.log_softmax(-1))
-            else:
-                kl = kl_estimate(logps, part.ref, self.kl_estimator)
+        kl = self.token_kl(part, logps, logits, ref_logits) if rl.beta else None
         clipping = {"epsilon": rl.epsilon, "epsilon_high": rl.epsilon_high}
         if self.algorithm == "rloo":
             if part.advantages is None:
                 total = part.total.to(logps.device)
                 returns = total if kl is None else penalise_rewards(total, kl.detach(), mask, beta=rl.beta)
                 part.advantages = leave_one_out_advantages(returns, rl.num_generations)
-            loss = rloo_loss(logps, sequence_logps(part.old, mask), part.advantages, mask, **clipping)
-            if kl is not None and self.kl_estimator != "k1":
-                # of E[Σ k] the score function sees the values; what is differentiated directly is zero for k1 alone
-                loss = loss + rl.beta * sequence_logps(kl, mask).mean()
+            loss = rloo_loss(
+                logps, sequence_logps(part.old, mask), part.advantages, mask, beta=rl.beta,
+                differentiable_kl=None if self.kl_estimator == "k1" else kl, **clipping,
+            )  # fmt: skip
         else:
             assert part.advantages is not None
-            weighted = (
-                kl if kl is None or not rl.use_bias_correction_kl or self.kl_estimator == "exact" else kl * ratio
-            )
             loss = grpo_loss(
-                logps, part.old, part.advantages, mask, per_token_kl=weighted, beta=rl.beta, loss_type=rl.loss_type,
+                logps, part.old, part.advantages, mask, per_token_kl=kl, beta=rl.beta, loss_type=rl.loss_type,
+                bias_correction=rl.use_bias_correction_kl and self.kl_estimator != "exact",
                 max_completion_length=rl.max_completion_length, num_items=part.num_items or None, **clipping,
             )  # fmt: skip
-        return loss, self._measure(part, logits.detach(), ratio.detach(), None if kl is None else kl.detach())
+        names = [reward_name(function) for function in self.functions]
+        ratio = torch.exp(logps.detach() - part.old)
+        return loss, step_metrics(part, logits.detach(), ratio, None if kl is None else kl.detach(), names, rl)
 
-    def _measure(self, part: MicroBatch, logits: Tensor, ratio: Tensor, kl: Tensor | None) -> dict[str, float]:
-        mask, rl = part.mask, self.rl
-        count, lengths = mask.sum(), mask.sum(-1).float().cpu()
-        group = part.total.view(-1, rl.num_generations)
-        spread = torch.tensor([finite.std().item() if len(finite := g[~g.isnan()]) > 1 else 0.0 for g in group])
-        clipped_low = (ratio < 1 - rl.epsilon) & mask
-        clipped_high = (ratio > 1 + (rl.epsilon if rl.epsilon_high is None else rl.epsilon_high)) & mask
-        ended = lengths[part.finished.cpu()]
-        finite_total = part.total[~part.total.isnan()]
-        metrics = {
-            "reward": finite_total.mean().item(),
-            "reward_std": finite_total.std().item() if len(finite_total) > 1 else 0.0,
-            "frac_reward_zero_std": spread.isclose(torch.zeros(())).float().mean().item(),
-            "entropy": ((compute_entropy(logits) * mask).sum() / count).item(),
-            "clip_ratio/low_mean": (clipped_low.sum() / count).item(),
-            "clip_ratio/high_mean": (clipped_high.sum() / count).item(),
-            "clip_ratio/region_mean": ((clipped_low | clipped_high).sum() / count).item(),
-            "completions/mean_length": lengths.mean().item(),
-            "completions/min_length": lengths.min().item(),
-            "completions/max_length": lengths.max().item(),
-            "completions/clipped_ratio": 1.0 - len(ended) / len(lengths),
-            "completions/mean_terminated_length": ended.mean().item() if len(ended) else 0.0,
-        }
-        for index, function in enumerate(self.functions):
-            values = part.rewards[:, index]
-            values = values[~values.isnan()]
-            name = f"rewards/{reward_name(function)}"
-            metrics[f"{name}/mean"] = values.mean().item() if len(values) else 0.0
-            metrics[f"{name}/std"] = values.std().item() if len(values) > 1 else 0.0
-        if kl is not None:
-            metrics["kl"] = ((kl * mask).sum() / count).item()
-            metrics["kl_sequence"] = sequence_logps(kl, mask).mean().item()
-        else:
-            metrics["kl_sequence"] = 0.0
-        metrics["objective"] = metrics["reward"] - rl.beta * metrics["kl_sequence"]
-        return metrics
+    def token_kl(self, part: MicroBatch, logps: Tensor, logits: Tensor, ref_logits: Tensor | None) -> Tensor:
+        """The estimate of KL(policy‖reference) of every token, (rows, length), with its gradients."""
+        assert part.ref is not None
+        if self.kl_estimator == "exact":
+            assert ref_logits is not None
+            return reverse_kl(logits.log_softmax(-1), ref_logits.log_softmax(-1))
+        return kl_estimate(logps, part.ref, self.kl_estimator)
 
     # Across processes, and into files
 
@@ -503,20 +403,6 @@ class PolicyAligner(AdapterTraining):
         if self.rl.log_completions and self._samples:
             self._log_samples(step)
 
-    def _sample(self, problems: Sequence[Problem], ids: Tensor, mask: Tensor, total: Tensor) -> None:
-        if not self.rl.log_completions:
-            return
-        count = self.rl.num_completions_to_print or len(ids)
-        size = len(ids) // len(problems)
-        self._samples = [
-            {
-                "prompt": problems[row // size].problem,
-                "completion": self.policy.decode(ids[row][mask[row]].tolist()),
-                "reward": total[row].item(),
-            }
-            for row in range(min(count, len(ids)))
-        ]
-
     def _log_samples(self, step: int) -> None:
         if self.run_dir is not None:
             for sample in self._samples:
@@ -531,64 +417,23 @@ class PolicyAligner(AdapterTraining):
 
     # Held-out figures
 
-    @torch.no_grad()
     def evaluate(self, problems: Sequence[Problem], *, batch_size: int = 64) -> dict[str, Any]:
-        """Figures on held-out problems of the policy as it is now, sampled as it is trained.
+        """Figures on held-out problems of the policy as it is now; see `align_evaluation.evaluate`."""
+        return evaluate(self, problems, gold=self._judges.get("gold"), batch_size=batch_size)
 
-        Accuracy, greedy accuracy, reward, gold reward, KL to the reference (exact over the vocabulary at every
-        position of the samples, summed over the completion), and the objective r - β KL: means over problems, with
-        the standard error of each as `<name>_error`.
-        """
-        rows: dict[str, list[Tensor]] = {}
-        kept, self.ledger = self.ledger, Ledger(1)  # what is measured here is no part of the training's cost
-        judges = [function for function in self.functions if isinstance(function, JudgeReward)]
-        for function in judges:
-            function.ledger = self.ledger
-        gold = self._judges.get("gold")
-        for start in range(0, len(problems), batch_size):
-            part = problems[start : start + batch_size]
-            for name, values in self._evaluate_batch(part, gold).items():
-                rows.setdefault(name, []).append(values)
-        self.ledger = kept
-        for function in judges:
-            function.ledger = kept
-        figures: dict[str, Any] = {"problems": len(problems), "generations": self.eval_generations}
-        for name, parts in rows.items():
-            values = torch.cat(parts).double()
-            values = values[~values.isnan()]
-            figures[name] = values.mean().item() if len(values) else None
-            figures[f"{name}_error"] = (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else None
-        return figures
-
-    def _evaluate_batch(self, problems: Sequence[Problem], gold: AbstractReward | None) -> dict[str, Tensor]:
-        rl, policy, n = self.rl, self.policy, self.eval_generations
-        prompts = [policy.encode_prompt(problem.problem) for problem in problems]
-        prefix = policy.prefill(prompts, torch.zeros(len(prompts), dtype=torch.int64), self.ledger)
-        greedy = policy.rollout(prefix, generators=None, max_new_tokens=rl.max_completion_length)
-        rows = torch.arange(len(prompts), device=policy.device).repeat_interleave(n)
-        generators = [seeded_generator(self.seed, "evaluate", p.id, j) for p in problems for j in range(n)]
-        drawn = policy.rollout(
-            prefix.select(rows), generators=generators, max_new_tokens=rl.max_completion_length,
-            temperature=rl.temperature, top_p=rl.top_p,
-        )  # fmt: skip
-        columns = self.columns(problems, drawn.ids, drawn.mask)
-        grade = GraderReward(self.data.grade)
-        named: dict[str, Tensor] = {"accuracy": compute_rewards([grade], **columns)[:, 0]}
-        rewards = compute_rewards(self.functions, **columns)
-        named["reward"] = weigh_rewards(rewards, rl.reward_weights)
-        for index, function in enumerate(self.functions):
-            named[f"rewards/{reward_name(function)}"] = rewards[:, index]
-        if gold is not None:
-            named["gold_reward"] = compute_rewards([JudgeReward(gold)], **columns)[:, 0]
-            named["gold_probability"] = named["gold_reward"].sigmoid()  # of being right, if the reward is its log-odds
-        log_probs = (
-            group_logits(policy, prompts, drawn.ids, drawn.mask, self.ledger).div(rl.temperature).log_softmax(-1)
-        )
-        with self.adapter.disabled():
-            ref = group_logits(policy, prompts, drawn.ids, drawn.mask, self.ledger).div(rl.temperature).log_softmax(-1)
-        named["kl"] = sequence_logps(reverse_kl(log_probs, ref), drawn.mask).cpu()
-        named["objective"] = named["reward"] - rl.beta * named["kl"]
-        named["completion_length"] = drawn.mask.sum(-1).float().cpu()
-        means = {name: values.view(-1, n).nanmean(1) for name, values in named.items()}
-        once = self.columns(problems, greedy.ids, greedy.mask)
-        return {"greedy_accuracy": compute_rewards([grade], **once)[:, 0]} | means
+    def evaluate_step(self, step: int) -> None:
+        """Where `eval_steps` asks for it: a line of evaluations.jsonl, whose cost and time are kept apart."""
+        every, trainer = self.rl.eval_steps, self._trainer
+        if every is None or (step % every and step != self.rl.max_steps):
+            return
+        if trainer is not None and not trainer.is_global_zero:
+            return
+        start = time.perf_counter()
+        spent = {"flops": self.all_flops, "num_tokens": self.all_tokens, "seconds": self.seconds}
+        figures = self.evaluate(self.data.held_out)
+        if self.run_dir is not None:
+            append_line(self.run_dir / EVALUATIONS, {"step": step} | spent | figures)
+        for logger in trainer.loggers if trainer is not None else ():
+            plain = {f"eval/{name}": value for name, value in figures.items() if isinstance(value, float)}
+            logger.log_metrics(plain, step=step)
+        self.started += time.perf_counter() - start

@@ -28,8 +28,11 @@ from nabla_rl.models.policy import Policy
 from nabla_rl.modules.adapter_training import keep_steps
 from nabla_rl.modules.align_config import RLConfig
 from nabla_rl.modules.align_data import AlignmentData
+from nabla_rl.modules.align_rollouts import Completions, MicroBatch
 from nabla_rl.modules.align_trl import build_trl_trainer
-from nabla_rl.modules.aligner import MicroBatch, PolicyAligner
+from nabla_rl.modules.align_trl_search import SearchRollouts
+from nabla_rl.modules.aligner import PolicyAligner
+from nabla_rl.modules.decoder_options import PREFIX_VALUES, NablaOptions
 from nabla_rl.types import UserError
 from tests import toys_hf
 
@@ -149,9 +152,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradient_are_trls_on_its_own_rollouts(case, tmp_path):
-    """Left-padded prompts, completions of different lengths, a policy that has left the reference."""
+    """Left-padded prompts, completions of different lengths, a policy that has left the reference.
+
+    In float64: in float32 the two engines' forwards, which are batched differently, differ by up to 1e-6 themselves.
+    """
     algorithm, rl = CASES[case]
     module = build(algorithm=algorithm, rl=rl)
+    module.adapter.peft.double()
     trainer = build_trl_trainer(module, tmp_path)
     trainer.current_gradient_accumulation_steps = 1
     perturb(module)
@@ -174,7 +181,7 @@ def test_loss_and_gradient_are_trls_on_its_own_rollouts(case, tmp_path):
     ours, metrics = module.loss(part)
     our_gradient = gradient(module, ours)
     assert part.advantages is not None
-    torch.testing.assert_close(part.advantages, inputs["advantages"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(part.advantages, inputs["advantages"], rtol=1e-5, atol=1e-6, check_dtype=False)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6, abs=1e-6)
     assert (our_gradient - their_gradient).norm() <= 1e-6 * their_gradient.norm()
     assert metrics["kl"] == pytest.approx(trainer._metrics["train"]["kl"][-1], rel=1e-4)
@@ -194,8 +201,7 @@ def test_four_sgd_steps_end_at_trls_adapter(algorithm, more, tmp_path):
     def generate(self: Any, prompt_ids: list, *rest: Any) -> Any:
         number, size = self.state.global_step, other.rl.num_generations
         problems = other.data.training(number, len(prompt_ids) // size)
-        ids, mask, _ = other.rollout(problems, prompt_ids[::size], number)
-        rows = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
+        rows = other.rollout(problems, prompt_ids[::size], number).rows()
         return (rows, None) if algorithm == "grpo" else rows
 
     trainer._generate_single_turn = MethodType(generate, trainer)
@@ -316,11 +322,8 @@ def test_samples_do_not_depend_on_what_is_drawn_beside_them():
     module = build()
     problems = module.data.problems
     prompts = [module.policy.encode_prompt(problem.problem) for problem in problems]
-    whole, mask, _ = module.rollout(problems, prompts, 7)
-    alone, alone_mask, _ = module.rollout(problems[2:3], prompts[2:3], 7)
-    width = alone.shape[1]
-    assert torch.equal(whole[8:12, :width][alone_mask], alone[alone_mask])
-    assert torch.equal(mask[8:12].sum(-1), alone_mask.sum(-1))
+    whole, alone = module.rollout(problems, prompts, 7), module.rollout(problems[2:3], prompts[2:3], 7)
+    assert whole.rows()[8:12] == alone.rows()
 
 
 def test_one_draw_serves_several_steps_and_is_clipped():
@@ -332,21 +335,36 @@ def test_one_draw_serves_several_steps_and_is_clipped():
     draw = module.draw
     module.draw = lambda problems, number: draws.append(number) or draw(problems, number)  # pyright: ignore
     merged: list[dict[str, float]] = []
-    measure = module._measure
-    module._measure = lambda *args: merged.append(measure(*args)) or merged[-1]  # pyright: ignore
+    loss = module.loss
+
+    def noted(part: MicroBatch) -> tuple[Tensor, dict[str, float]]:
+        value, metrics = loss(part)
+        merged.append(metrics)
+        return value, metrics
+
+    module.loss = noted  # pyright: ignore
     fit(module)
     assert draws == [0, 1]
     assert merged[0]["clip_ratio/region_mean"] == 0.0 and merged[1]["clip_ratio/region_mean"] > 0.0
 
 
-def test_decoded_completions_train_as_off_policy_data():
-    """∇-Reasoner's completions, the same for the same seed; their gradients reach the adapter alone."""
+def searching(**options: Any) -> PolicyAligner:
+    """Trained on what ∇-Reasoner finds, by a learned judge."""
+    rl = {"num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 6, "report_to": "none"}
     module = PolicyAligner(
-        rl=RLConfig(num_generations=4, per_device_train_batch_size=8, max_completion_length=6),
-        rollouts="nabla",
-        lora=LORA,
-    )
+        rl=RLConfig(**rl | options.pop("rl", {})), lora=LORA, **{"rollouts": "nabla", **options}
+    )  # fmt: skip
     module.use(toy_policy(), Few(), {"reward": toys_hf.reward()})
+    return module
+
+
+EDITS = NablaOptions(edits=dataclasses.replace(PREFIX_VALUES, temperature=1.0, max_rollouts=3))
+
+
+@pytest.mark.parametrize("options", [{}, {"rollouts": "mixed"}, {"nabla": EDITS}], ids=["published", "mixed", "edits"])
+def test_decoded_completions_train_as_off_policy_data(options):
+    """∇-Reasoner's completions, the same for the same seed; their gradients reach the adapter alone."""
+    module = searching(**options)
     [part] = module.draw(module.data.problems[:2], 0)
     assert part.ids.shape[0] == 8 and part.mask.any(-1).all()
     assert not any(weight.grad is not None for weight in module.adapter.parameters())
@@ -357,12 +375,54 @@ def test_decoded_completions_train_as_off_policy_data():
     assert torch.equal(part.ids, again.ids)
 
 
+def test_mixed_is_half_samples_and_half_found():
+    """The first half of each group is what the policy samples, the second what ∇-Reasoner finds."""
+    prompts = [toy_policy().encode_prompt(problem.problem) for problem in Few().problems[:2]]
+    rows = {
+        name: searching(rollouts=name).rollout(Few().problems[:2], prompts, 3).rows()
+        for name in ("sample", "nabla", "mixed")
+    }
+    for group in (0, 4):
+        assert rows["mixed"][group : group + 2] == rows["sample"][group : group + 2]
+        assert rows["mixed"][group + 2 : group + 4] == rows["nabla"][group + 2 : group + 4]
+    assert rows["sample"] != rows["nabla"]
+
+
+@pytest.mark.parametrize("more", [{}, {"gradient_accumulation_steps": 2}], ids=["whole", "accumulated"])
+@pytest.mark.parametrize("rollouts", ["nabla", "mixed"])
+def test_decoded_completions_train_trls_trainer_to_the_same_adapter(rollouts, more, tmp_path):
+    """TRL's GRPOTrainer, fed through its rollout_func, takes this package's RLOO steps."""
+    rl = {
+        "optim": "sgd", "learning_rate": 0.1, "max_steps": 4, "max_grad_norm": 1.0, "beta": 0.5, "logging_steps": 1
+    }  # fmt: skip
+    ours, theirs = (searching(rollouts=rollouts, rl=rl | more) for _ in range(2))
+    start = weights(ours)
+    fit(ours)
+    trainer = build_trl_trainer(theirs, tmp_path, save_strategy="no")
+    drawn: list[dict[str, Any]] = []
+    rollout = trainer.rollout_func
+    trainer.rollout_func = lambda prompts, trainer: drawn.append(rollout(prompts, trainer)) or drawn[-1]
+    trainer.train()
+    assert len(drawn) == 4 and all(draw["logprobs"] is None for draw in drawn)
+    assert (weights(ours) - start).norm() > 0.01
+    assert (weights(ours) - weights(theirs)).norm() <= 1e-4 * (weights(ours) - start).norm()
+    logged = SearchRollouts.plain_metrics(trainer.state.log_history[0])
+    assert not any(name.startswith("nabla_") or "return" in name for name in logged)
+    assert {"reward", "reward_std", "kl", "kl_sequence", "rewards/judge/mean"} <= logged.keys()
+    if not more:
+        first = searching(rollouts=rollouts, rl=rl)
+        _, metrics = first.loss(first.draw(first.data.training(0, 2), 0)[0])
+        for name in ("reward", "rewards/judge/mean", "rewards/judge/std", "kl_sequence", "frac_reward_zero_std"):
+            assert logged[name] == pytest.approx(metrics[name], abs=1e-4), name
+
+
 def test_completions_of_any_law_lead_to_the_tilted_policy():
     """Drawn uniformly, never by the policy, and without weights: what ∇-Reasoner's completions rely on."""
     module = enumerable_module(1.5)
     ids, mask = every_completion()
     ids, mask = ids.repeat(6, 1)[:256], mask.repeat(6, 1)[:256]
-    module.rollout = lambda problems, prompts, number: (ids, mask, torch.ones(256).bool())  # pyright: ignore
+    everything = Completions(ids, mask, torch.ones(256).bool())
+    module.rollout = lambda problems, prompts, number: everything  # pyright: ignore
     objective, best, distance = exact(fit(module))
     assert distance <= 0.01
     assert abs(objective - best) <= 0.01 * abs(best)
@@ -495,6 +555,10 @@ def test_settings_that_make_no_sense_are_refused(settings, complaint):
             "--model.kl_estimator: expected k3 or exact",
         ),
         ({"rollouts": "nabla", "algorithm": "grpo"}, "--model.rollouts: expected sample, found nabla"),
+        ({"rollouts": "mixed", "rl": RLConfig(beta=0.0)}, "--model.rollouts: expected sample, found nabla or mixed"),
+        ({"rollouts": "nabla", "rl": RLConfig(num_iterations=2)}, "--model.rollouts: expected sample"),
+        ({"rollouts": "nabla", "reward_funcs": ["grader"]}, "--model.reward_funcs: expected judge among them"),
+        ({"rollouts": "nabla", "nabla": NablaOptions()}, "--model.nabla.edits.temperature: expected a positive"),
         ({"rl": RLConfig(top_k=50)}, "--model.rl.top_k: expected 0"),
     ],
 )
