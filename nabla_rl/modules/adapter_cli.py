@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -23,7 +24,7 @@ from nabla_rl.modules.decode_cli import FULL_PRECISION, explain, given_configs
 from nabla_rl.report.run_folder import flatten
 from nabla_rl.types import UserError
 
-NOT_IN_RESULTS = ("config", "run_dir", "trainer", "seed_everything")
+NOT_IN_RESULTS = ("config", "run_dir", "trainer", "seed_everything", "curves")
 Engine = Literal["lightning", "trl"]
 
 
@@ -81,6 +82,7 @@ class AdapterCLI(LightningCLI):
         for name, value in flatten(self.config.as_dict()).items():
             if isinstance(value, float) and math.isnan(value):
                 raise UserError(f"--{name}: expected a number, found {value}.")
+        check_logger(self.config.model[self.section].report_to, self.section)
         if self.config.trainer.precision not in self.precisions:
             raise UserError(
                 f"--trainer.precision: expected none, found {self.config.trainer.precision}. Weights have their own "
@@ -132,18 +134,21 @@ def interruptible() -> Iterator[None]:
         raise
 
 
+def check_logger(report_to: str, section: str) -> None:
+    """Refuse W&B where it is not installed, before anything is loaded or trained."""
+    if report_to == "wandb" and find_spec("wandb") is None:
+        raise UserError(
+            f"--model.{section}.report_to: expected an installed logger, found no wandb. Run `pip install "
+            "wandb`, or use tensorboard."
+        )
+
+
 def build_loggers(settings: AdapterConfig, folder: Path) -> list[Logger]:
     """Where metrics go besides metrics.jsonl."""
     if settings.report_to == "tensorboard":
         return [TensorBoardLogger(folder, name="tensorboard", version="")]
     if settings.report_to == "wandb":
-        try:
-            return [WandbLogger(name=folder.name, save_dir=folder)]
-        except ModuleNotFoundError as error:
-            raise UserError(
-                f"--model.{settings.section}.report_to: expected an installed logger, found no wandb. Run "
-                "`pip install wandb`, or use tensorboard."
-            ) from error
+        return [WandbLogger(name=folder.name, save_dir=folder)]
     return []
 
 

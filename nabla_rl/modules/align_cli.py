@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import set_parsing_settings
+from lightning.pytorch.cli import LightningArgumentParser
 from rich.table import Table
 
 from nabla_rl.modules.adapter_cli import (
@@ -22,6 +24,8 @@ from nabla_rl.modules.adapter_cli import (
     with_error,
 )
 from nabla_rl.modules.align_data import AlignmentData
+from nabla_rl.modules.align_evaluation import KL_ESTIMATE
+from nabla_rl.modules.align_study import CurvesOptions, build_cells, read_cells, run_cells
 from nabla_rl.modules.aligner import PolicyAligner
 from nabla_rl.modules.decode_cli import (
     config_name,
@@ -29,6 +33,7 @@ from nabla_rl.modules.decode_cli import (
     terminable,
     wide_console,
 )
+from nabla_rl.report.learning_curves import build_curves, format_curves, write_curves
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "align"
 DESCRIPTION = """Move a policy's weights towards the tilted policy that decoding searches by hand: KL-regularised
@@ -44,12 +49,27 @@ class AlignCLI(AdapterCLI):
 
     verb, section = "align", "rl"
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options of a comparison to those of a run."""
+        super().add_arguments_to_parser(parser)
+        parser.add_class_arguments(CurvesOptions, "curves")
+
 
 def main(arguments: list[str]) -> int:
-    """Train, write the adapter and its figures, print a table."""
+    """Train, write the adapter and its figures, print a table; of a comparison, every variant with every seed."""
+    cli = build_cli(arguments)
+    folder = Path(cli.config.run_dir or Path("runs/align") / run_name(cli.config))
+    options: CurvesOptions = cli.config_init["curves"]
+    if options.variants:
+        return compare(cli, options, arguments, folder)
+    return train(cli, folder)
+
+
+def build_cli(arguments: list[str]) -> AlignCLI:
+    """The options, and what they build."""
     default = CONFIGS / "tiny.yaml"
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    cli = AlignCLI(
+    return AlignCLI(
         PolicyAligner,
         AlignmentData,
         run=False,
@@ -65,8 +85,35 @@ def main(arguments: list[str]) -> int:
             "exit_on_error": False,
         },
     )
+
+
+def compare(cli: AlignCLI, options: CurvesOptions, arguments: list[str], folder: Path) -> int:
+    """Train every variant with every seed and write the learning curves; interrupted, those of what is finished."""
+    cells = build_cells(options, arguments, folder)
+    console, first = wide_console(), cli.trainer.is_global_zero
+
+    def run(given: list[str]) -> int:
+        with redirect_stdout(StringIO()):
+            inner = build_cli(given)
+            return train(inner, Path(inner.config.run_dir))
+
+    try:
+        run_cells(cells, run, lambda text: print(text, file=sys.stderr, flush=True) if first else None)  # noqa: T201
+    finally:
+        results = read_cells(cells)
+        if first and results:
+            count = len(cli.datamodule.held_out)
+            title = f"{count} held-out problems ({cli.datamodule.family.name}), seeds {options.seeds}"
+            curves = build_curves(results)
+            names = write_curves(folder, curves, title)
+            console.print(format_curves(curves, title=title))
+            console.print(f"results in {folder}/ ({', '.join(names)})", highlight=False)
+    return 0
+
+
+def train(cli: AlignCLI, folder: Path) -> int:
+    """One run."""
     module, trainer, data = cli.model, cli.trainer, cli.datamodule
-    folder = Path(cli.config.run_dir or Path("runs/align") / run_name(cli.config))
     config = run_config(cli)
     if trainer.is_global_zero:
         for notice in data.notices:
@@ -107,8 +154,10 @@ def finish(module: PolicyAligner, folder: Path, config: Mapping[str, Any]) -> di
         "algorithm": module.algorithm,
         "beta": module.rl.beta,
         "kl_estimator": module.kl_estimator,
+        "kl_measured_as": KL_ESTIMATE,
         "steps": module.rl.max_steps if not module.stopped else None,
         "stopped": module.stopped or None,
+        "stopped_at": module.stopped_at if module.stopped else None,
         "before": before,
         "after": after,
         "flops": flops,

@@ -163,5 +163,10 @@ def check_options(
             "--model.rollouts: expected sample, found nabla or mixed. Completions of another law than the policy's "
             "keep the fixed point with --model.algorithm rloo, --model.kl_estimator k1, beta > 0 and num_iterations 1."
         )
+    if stop_at_kl is not None:
+        raise UserError(
+            f"--model.stop_at_kl: expected null with ∇-Reasoner's rollouts, found {stop_at_kl}. Only the policy's own "
+            "samples measure its KL: use --model.rl.eval_steps to see it."
+        )
     if "judge" not in reward_funcs:
         raise UserError("--model.reward_funcs: expected judge among them for ∇-Reasoner's rollouts, which climb it.")

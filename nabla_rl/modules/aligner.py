@@ -143,7 +143,7 @@ class PolicyAligner(AdapterTraining):
         self._judges: dict[str, AbstractReward | None] = {}  # in a dict: no part of this module's weights
         self.functions: list[RewardFunction] = []
         self.window: list[MicroBatch] = []
-        self.flat_steps, self.stopped = 0, ""
+        self.flat_steps, self.stopped, self.stopped_at = 0, "", 0
         self._samples: list[dict[str, Any]] = []
 
     # What is trained, on what, for what
@@ -250,6 +250,7 @@ class PolicyAligner(AdapterTraining):
             )
         if self.stop_at_kl is None or metrics["kl_sequence"] <= self.stop_at_kl:
             return False
+        self.stopped_at = step
         self.stopped = (
             f"KL of {metrics['kl_sequence']:.3f} nats at step {step}, above --model.stop_at_kl {self.stop_at_kl}"
         )

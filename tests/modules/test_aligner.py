@@ -558,6 +558,7 @@ def test_settings_that_make_no_sense_are_refused(settings, complaint):
         ({"rollouts": "mixed", "rl": RLConfig(beta=0.0)}, "--model.rollouts: expected sample, found nabla or mixed"),
         ({"rollouts": "nabla", "rl": RLConfig(num_iterations=2)}, "--model.rollouts: expected sample"),
         ({"rollouts": "nabla", "reward_funcs": ["grader"]}, "--model.reward_funcs: expected judge among them"),
+        ({"rollouts": "mixed", "stop_at_kl": 1.0}, "--model.stop_at_kl: expected null with"),
         ({"rollouts": "nabla", "nabla": NablaOptions()}, "--model.nabla.edits.temperature: expected a positive"),
         ({"rl": RLConfig(top_k=50)}, "--model.rl.top_k: expected 0"),
     ],
