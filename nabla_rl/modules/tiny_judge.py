@@ -184,9 +184,10 @@ class JudgedBatches(IterableDataset):
         completions += [corrupt(right, self.alphabet, rng) for right in rights[half : half + quarter]]
         completions += rights[half + quarter :]
         if self.slip is not None:
-            middle = slice(half + quarter // 2, half + quarter + quarter // 2)
-            slipped = tokenizer([self.slip(problem, rng) for problem in problems[middle]], add_special_tokens=False)
-            completions[middle] = [[*ids, eos] for ids in slipped.input_ids]
+            start, stop = half + quarter // 2, half + quarter + quarter // 2
+            slipped = [self.slip(problem, rng) for problem in problems[start:stop]]
+            ids = [[*tokenizer(text, add_special_tokens=False).input_ids, eos] for text in slipped]
+            completions = [*completions[:start], *ids, *completions[stop:]]
         rows = [
             (prompt, completion, self.label(completion, right))
             for prompt, completion, right in zip(prompts, completions, rights, strict=True)
