@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -172,6 +175,122 @@ def adapter_names(models: Path, tmp_path: Path) -> set[str]:
     return set(attach_adapter(policy, LoraOptions(r=4)).state())
 
 
+def test_trls_engine_trains_on_what_nabla_finds(models, tmp_path):
+    """By rollout_func; what is logged is the rewards, not the scaled return that TRL was given."""
+    run_dir = tmp_path / "run"
+    changes = {"model.rollouts": "mixed", "model.rl.max_steps": 2, "model.rl.eval_steps": 1}
+    assert cli.align([*options(models, run_dir, **changes), "--engine", "trl"]) == 0
+    lines = metrics(run_dir)
+    assert all(name in lines[0] for name in TRL_METRICS)
+    assert lines[0]["reward"] == pytest.approx(lines[0]["rewards/judge/mean"], abs=1e-5)
+    assert lines[0]["kl_sequence"] == pytest.approx(0.0, abs=1e-5)
+    points = [json.loads(line) for line in (run_dir / "evaluations.jsonl").read_text().splitlines()]
+    assert [point["step"] for point in points] == [0, 1, 2] and 0 < points[1]["flops"] < points[2]["flops"]
+    assert json.loads((run_dir / "summary.json").read_text())["after"]["kl"] > 0
+
+
+@pytest.mark.parametrize("changes", [{"model.stop_at_kl": 1e-9}, {"model.rl.learning_rate": 1e30}], ids=str)
+def test_trls_engine_stops_where_the_other_one_does(models, tmp_path, capsys, changes):
+    """Too far from the reference: early. Numbers that are no numbers: in one line."""
+    changes |= {"model.rl.max_grad_norm": 0, "model.rl.report_to": "none"}
+    code = cli.align([*options(models, tmp_path / "run", **changes), "--engine", "trl"])
+    said = capsys.readouterr()
+    if "model.stop_at_kl" in changes:
+        summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+        assert code == 0 and "above --model.stop_at_kl" in said.out and summary["stopped_at"] < 6
+    else:
+        assert code == 2 and said.err.strip().splitlines()[-1].startswith("error: ")
+        assert "found NaN or infinity" in said.err and not (tmp_path / "run" / "adapter").exists()
+
+
+def test_held_out_figures_while_it_trains_cost_the_training_nothing(whole, models, tmp_path):
+    """The same adapter, the same FLOPs; killed and continued, one line for each evaluation."""
+    run_dir = tmp_path / "run"
+    assert cli.align(options(models, run_dir, **{"model.rl.eval_steps": 2})) == 0
+    points = [json.loads(line) for line in (run_dir / "evaluations.jsonl").read_text().splitlines()]
+    assert [point["step"] for point in points] == [0, 2, 4, 6]
+    assert all(torch.equal(weight, adapter(run_dir)[name]) for name, weight in adapter(whole).items())
+    ours, other = (json.loads((folder / "summary.json").read_text()) for folder in (run_dir, whole))
+    assert ours["flops"] == other["flops"] == points[-1]["flops"]
+    assert points[0]["accuracy"] == ours["before"]["accuracy"] and points[-1]["kl"] == ours["after"]["kl"]
+    assert points[1]["evaluation_flops"] > 0 == points[0]["flops"]
+
+
+def test_variants_and_seeds_side_by_side(models, tmp_path, capsys):
+    """A run folder for each, curves of all; the same command again trains nothing anew."""
+    run_dir = tmp_path / "study"
+    given = options(models, run_dir, **{"model.rl.max_steps": 2, "model.rl.report_to": "none"})
+    given = [
+        *given,
+        "--curves.variants",
+        '{"low": {"rl.beta": 0.1}, "found": {"rollouts": "mixed", "rl.eval_steps": 1}}',
+    ]
+    assert cli.align([*given, "--curves.seeds", "[0, 1]"]) == 0
+    folders = [run_dir / label / f"seed{seed}" for label in ("low", "found") for seed in (0, 1)]
+    assert all((folder / "summary.json").is_file() for folder in folders)
+    config = yaml.safe_load((folders[0] / "config.yaml").read_text())
+    assert config["model"]["rl"]["beta"] == 0.1 and config["model"]["seed"] == 0 and "curves" not in config
+    curves = json.loads((run_dir / "curves.json").read_text())
+    assert [(row["variant"], row["step"]) for row in curves["rows"]] == [
+        ("low", 0), ("low", 2), ("found", 0), ("found", 1), ("found", 2)
+    ]  # fmt: skip
+    last, both = curves["rows"][1], [json.loads((f / "summary.json").read_text())["after"] for f in folders[:2]]
+    assert last["reward"] == pytest.approx(sum(each["reward"] for each in both) / 2)
+    assert last["reward_low"] == min(each["reward"] for each in both)
+    assert {"curves.csv", "curves.svg", "curves.png", "curves.html"} <= set(os.listdir(run_dir))
+    before = [(folder / "summary.json").stat().st_mtime_ns for folder in folders]
+    assert "results in" in capsys.readouterr().out
+    assert cli.align([*given, "--curves.seeds", "[0, 1]"]) == 0
+    assert before == [(folder / "summary.json").stat().st_mtime_ns for folder in folders]
+
+
+class FakeRun:
+    """What Lightning's WandbLogger asks of a run."""
+
+    id = "stub"
+
+    def __init__(self):
+        self.logged: list[dict] = []
+        self.config = {}
+
+    def define_metric(self, *args: object, **options: object) -> None:
+        pass
+
+    def log(self, metrics: dict, **options: object) -> None:
+        self.logged.append(metrics)
+
+
+def test_weights_and_biases_where_it_is_installed(models, tmp_path, monkeypatch):
+    """With a stub in its place: the metrics arrive at its run."""
+    run = FakeRun()
+    stub = types.ModuleType("wandb")
+    stub.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    stub.run, stub.init, stub.Settings = None, lambda **options: run, lambda **options: None  # pyright: ignore
+    stub.Table = lambda columns, data, dataframe: (columns, data)  # pyright: ignore
+    part = types.ModuleType("wandb.part")
+    part.RunDisabled, part.Run, part.require = type("RunDisabled", (), {}), FakeRun, None  # pyright: ignore
+    for name in ("wandb.sdk", "wandb.sdk.lib", "wandb.wandb_run"):
+        monkeypatch.setitem(sys.modules, name, part)
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", True)
+    changes = {"model.rl.report_to": "wandb", "model.rl.max_steps": 2}
+    assert cli.align(options(models, tmp_path / "run", **changes)) == 0
+    assert [row["trainer/global_step"] for row in run.logged] == [1, 2]
+    assert all(
+        row["reward"] == line["reward"] for row, line in zip(run.logged, metrics(tmp_path / "run"), strict=True)
+    )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="W&B is installed")
+@pytest.mark.parametrize("engine", ["lightning", "trl"])
+def test_weights_and_biases_where_it_is_not_installed(models, tmp_path, capsys, engine):
+    changes = {"model.rl.report_to": "wandb", "engine": engine}
+    assert cli.align(options(models, tmp_path / "run", **changes)) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and "--model.rl.report_to" in said[0] and "Run `pip install wandb`" in said[0]
+    assert not (tmp_path / "run").exists()
+
+
 def test_rewards_of_ones_own_and_weights(models, tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(
         "def length(completions, **columns):\n    return [len(c) for c in completions]\n"
@@ -202,6 +321,11 @@ def test_rewards_of_ones_own_and_weights(models, tmp_path, monkeypatch):
         ({"data.path": "nowhere.jsonl"}, "--data.path: expected a JSONL file, found nothing"),
         ({"model.policy.name": "./nowhere"}, "--model.policy.name: expected a model folder"),
         ({"model.rl.max_completion_length": 500}, "--model.rl.max_completion_length"),
+        ({"model.rl.eval_steps": 0}, "--model.rl.eval_steps: expected at least 1 or null, found 0"),
+        ({"model.rollouts": "nabla", "model.algorithm": "grpo"}, "--model.rollouts: expected sample"),
+        ({"curves.seeds": "[0, 0]"}, "--curves.seeds: expected a list of different seeds"),
+        ({"curves.variants": '{"a/b": {}}'}, "--curves.variants: expected a label of letters"),
+        ({"curves.variants": '{"a": {"rl.betta": 1}}'}, "--curves.variants.a: --model.rl.betta: expected an option"),
     ],
     ids=str,
 )
@@ -221,6 +345,26 @@ def test_weights_that_explode_end_in_one_line(models, tmp_path, capsys):
     assert cli.align(options(models, tmp_path / "run", **changes)) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("error: ") and "NaN" in said
+    last = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert all(torch.isfinite(weight).all() for weight in last["state_dict"].values())
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_an_adapter_that_has_not_changed_is_not_saved(models, tmp_path, capsys):
+    """Rewards that are all alike: a warning that says what to do, and no adapter."""
+    (tmp_path / "flat_rewards.py").write_text(
+        "def flat(completions, **columns):\n    return [1.0] * len(completions)\n"
+    )
+    sys.path.insert(0, str(tmp_path))
+    try:
+        changes = {"model.reward_funcs": "[flat_rewards.flat]", "model.rl.max_steps": 11, "model.algorithm": "grpo"}
+        assert cli.align(options(models, tmp_path / "run", **changes)) == 2
+    finally:
+        sys.path.remove(str(tmp_path))
+    said = capsys.readouterr().err
+    assert "found all equal for 10 steps" in said and "Raise --model.rl.num_generations" in said
+    assert said.strip().splitlines()[-1].startswith("error: adapter: expected weights that training has changed")
+    assert not (tmp_path / "run" / "adapter").exists()
 
 
 # Configurations
@@ -239,7 +383,7 @@ def test_every_file_parses_and_its_values_arrive(file):
         PolicyAligner, AlignmentData, run=False, args=["--config", str(file)], seed_everything_default=False,
         save_config_callback=None, auto_configure_optimizers=False, parser_kwargs={"exit_on_error": False},
     )  # fmt: skip
-    config = flatten(run_config(parsed))
+    config = flatten(run_config(parsed) | {"curves": parsed.config["curves"].as_dict()})
     for name, value in flatten(yaml.safe_load(file.read_text(encoding="utf-8"))).items():
         assert config[name] == value, name
         assert not (isinstance(value, str) and Path(value).is_absolute()), name

@@ -25,7 +25,7 @@ from nabla_rl.modules.adapter_cli import (
 )
 from nabla_rl.modules.align_data import AlignmentData
 from nabla_rl.modules.align_evaluation import KL_ESTIMATE
-from nabla_rl.modules.align_study import CurvesOptions, build_cells, read_cells, run_cells
+from nabla_rl.modules.align_study import CurvesOptions, build_cells, check_cells, read_cells, run_cells
 from nabla_rl.modules.aligner import PolicyAligner
 from nabla_rl.modules.decode_cli import (
     config_name,
@@ -90,6 +90,7 @@ def build_cli(arguments: list[str]) -> AlignCLI:
 def compare(cli: AlignCLI, options: CurvesOptions, arguments: list[str], folder: Path) -> int:
     """Train every variant with every seed and write the learning curves; interrupted, those of what is finished."""
     cells = build_cells(options, arguments, folder)
+    check_cells(cells, build_cli)
     console, first = wide_console(), cli.trainer.is_global_zero
 
     def run(given: list[str]) -> int:

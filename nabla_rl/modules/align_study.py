@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,24 @@ def run_cells(cells: Sequence[Cell], run: Callable[[list[str]], int], say: Calla
         if (cell.folder / "summary.json").is_file():
             continue
         say(f"run {number} of {len(cells)}: {cell.label}, seed {cell.seed}")
-        try:
+        with of_variant(cell):
             run(cell.arguments)
-        except UserError as error:
-            raise UserError(f"--curves.variants.{cell.label}: {error}") from error
+
+
+def check_cells(cells: Sequence[Cell], build: Callable[[list[str]], Any]) -> None:
+    """Refuse options that a variant cannot have, before anything is trained."""
+    for cell in {cell.label: cell for cell in cells}.values():
+        with of_variant(cell):
+            build(cell.arguments)
+
+
+@contextmanager
+def of_variant(cell: Cell) -> Iterator[None]:
+    """Within, an error says which variant it is of."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"--curves.variants.{cell.label}: {error}") from error
 
 
 def read_cells(cells: Sequence[Cell]) -> dict[str, dict[int, Run]]:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -410,11 +411,11 @@ class PolicyAligner(AdapterTraining):
                 append_line(self.run_dir / "completions.jsonl", {"step": step} | sample)
         text = "\n\n".join(f"{s['prompt']} → {s['completion']} ({s['reward']:.3f})" for s in self._samples)
         for logger in self.trainer.loggers:
-            add_text = getattr(
-                getattr(logger, "experiment", None), "add_text", None
-            )  # TensorBoard's; W&B logs tables its own way
-            if add_text is not None:
-                add_text("completions", text, step)
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("completions", text, step)
+            elif isinstance(logger, WandbLogger):
+                rows = [[str(value) for value in sample.values()] for sample in self._samples]
+                logger.log_text("completions", columns=list(self._samples[0]), data=rows, step=step)
 
     # Held-out figures
 
