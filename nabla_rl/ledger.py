@@ -15,7 +15,7 @@ Gradient steps served from a cache cost nothing and appear as `cached` counts.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -95,6 +95,35 @@ class Ledger:
             account[:, 2].index_add_(0, problems, tokens.double())
         account[:, 3].index_add_(0, problems, flops)
         account[:, 4] += present * (seconds / present.sum().clamp(min=1))
+
+    def record_steps(
+        self, model: str, direction: str, problems: Tensor, fed: Tensor, flops: Tensor, seconds: Sequence[float]
+    ) -> None:
+        """Book passes of one token a sequence that came one after another: what `record` would say of them all.
+
+        Args:
+            model: "policy" or "reward".
+            direction: "forward" or "backward".
+            problems: the problem index of each sequence, (batch,).
+            fed: (batch, steps), True where a sequence took part.
+            flops: operations of each sequence in all steps, (batch,).
+            seconds: wall-clock time of each step.
+        """
+        if fed.shape[1] == 0:
+            return
+        account = self.rows.setdefault(
+            (self.phase_name, model, direction), torch.zeros(self.num_problems, len(COLUMNS), dtype=torch.float64)
+        )
+        problems, fed, flops = problems.cpu(), fed.cpu().double(), flops.cpu().double()
+        calls = fed.sum(-1)
+        present = torch.zeros(self.num_problems, fed.shape[1], dtype=torch.float64)
+        present = present.index_add_(0, problems, fed).clamp(max=1)  # who waited for each step
+        account[:, 0].index_add_(0, problems, calls)
+        account[:, 1] += present.sum(-1)
+        account[:, 2].index_add_(0, problems, calls)
+        account[:, 3].index_add_(0, problems, flops)
+        shares = torch.tensor(seconds, dtype=torch.float64) / present.sum(0).clamp(min=1)
+        account[:, 4] += present @ shares
 
     def record_cached(self, problems: Tensor) -> None:
         """Count gradient steps that a cached gradient served, one for each entry of `problems`."""

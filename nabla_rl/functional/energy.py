@@ -185,11 +185,15 @@ def energy_gradient(
             logps = sequence_logps(pick(log_probs, tokens), mask)
     if record:
         gradient = _token_gradient(logps, probs, -1.0)
+        if gradient is None:
+            gradient = torch.zeros_like(probs, requires_grad=False)
         if tokens is not None and prefix:
             gradient.sub_(_possible(log_probs.detach(), tokens))
     del log_probs
     rewards, rewarded = torch.zeros_like(logps), record and reward and beta < float("inf")
     if reward_fn is not None:
+        if gradient is not None and rewarded:
+            probs.gradient_sum = gradient  # pyright: ignore  # for `gradient_sum`
         with torch.set_grad_enabled(rewarded):
             rewards = reward_fn(probs, rows)
         if rewards.shape != shape[:1]:
@@ -197,7 +201,9 @@ def energy_gradient(
         if rewarded and not rewards.requires_grad:
             raise ValueError("`reward_fn` must be differentiable, got a result without a gradient. Use reward=False.")
         if gradient is not None and rewarded:
-            gradient.add_(_token_gradient(rewards, probs, -1.0 / beta))
+            rest = _token_gradient(rewards, probs, -1.0 / beta)
+            if rest is not None:
+                gradient.add_(rest)
     if gradient is not None and not bool(mask.all()):
         gradient = gradient.masked_fill(~mask.unsqueeze(-1), 0.0)
     rewards, logps = upcast(rewards.detach()), logps.detach()
@@ -218,9 +224,10 @@ def _possible(log_probs: Tensor, tokens: Tensor) -> Tensor:
     return log_probs.masked_fill(harmless, IMPOSSIBLE_LOGP)
 
 
-def _token_gradient(values: Tensor, probs: Tensor, scale: float) -> Tensor:
-    """The gradient of scale times the values, in a tensor that may be overwritten."""
+def _token_gradient(values: Tensor, probs: Tensor, scale: float) -> Tensor | None:
+    """The gradient of scale times the values, in a tensor that may be overwritten; None where none arrives."""
     if not values.requires_grad:
-        return torch.zeros_like(probs, requires_grad=False)
+        return None
     weights = torch.full_like(values, scale, requires_grad=False)
-    return torch.autograd.grad(values, probs, weights, materialize_grads=True)[0].contiguous()
+    gradient = torch.autograd.grad(values, probs, weights, allow_unused=True)[0]
+    return None if gradient is None else gradient.contiguous()

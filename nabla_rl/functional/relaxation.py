@@ -103,6 +103,22 @@ def hard_tokens(token_probs: Float[Tensor, "*batch vocab"]) -> Int[Tensor, "*bat
     return argmax(token_probs) if remembered is None else remembered
 
 
+def gradient_sum(token_probs: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch vocab"] | None:
+    """A tensor that a backward pass may add the gradient of these tokens to, in place of returning it.
+
+    :func:`nabla_rl.functional.energy.energy_gradient` leaves what it has of the gradient on the tensor that it hands
+    to the reward, as ``token_probs.gradient_sum``. A model that forms its gradient as a matrix product saves a pass
+    over (length, vocabulary) by adding the product there; one that does not know of it returns its gradient as usual.
+
+    Args:
+        token_probs: Relaxed tokens.
+
+    Returns:
+        The tensor, of the same shape, or None.
+    """
+    return getattr(token_probs, "gradient_sum", None)
+
+
 def soft(logits: Float[Tensor, "*batch vocab"], tau: float = 1.0) -> Float[Tensor, "*batch vocab"]:
     r"""The entropy-smoothed argmax: :math:`\arg\max_{y \in \Delta} y^\top z + \tau H(y) = \mathrm{softmax}(z / \tau)`.
 

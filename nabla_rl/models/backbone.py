@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from nabla_rl.functional.relaxation import gradient_sum
 from nabla_rl.ledger import Ledger, Stopwatch
 from nabla_rl.models.flops import FlopFormula
 from nabla_rl.types import UserError
@@ -189,13 +190,23 @@ class SoftEmbedding(torch.autograd.Function):
     """Σ_v p_v E_v over a support, where `tokens` may say that p is exactly one-hot: then the forward is a look-up.
 
     Without a support p may be wider or narrower than the embedding matrix, as models of one family pad it to
-    different sizes: ids that the matrix does not have count as a zero embedding.
+    different sizes: ids that the matrix does not have count as a zero embedding. The backward adds to `gradient_sum`,
+    and returns nothing, where it can.
     """
 
     @staticmethod
-    def forward(ctx, token_probs: Tensor, weight: Tensor, support: Tensor | None, tokens: Tensor | None) -> Tensor:
+    def forward(
+        ctx,
+        token_probs: Tensor,
+        weight: Tensor,
+        support: Tensor | None,
+        tokens: Tensor | None,
+        gradient_sum: Tensor | None = None,
+    ) -> Tensor:
         ctx.save_for_backward(weight, support)
         ctx.dtype, ctx.width = token_probs.dtype, token_probs.shape[-1]
+        fits = support is None and ctx.width == len(weight)
+        ctx.sum = gradient_sum if fits else None
         if tokens is not None:
             return weight[tokens]
         if support is None:
@@ -208,12 +219,15 @@ class SoftEmbedding(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         (grad,) = grads
         weight, support = ctx.saved_tensors
+        if ctx.sum is not None and ctx.sum.dtype == grad.dtype and not grad.requires_grad:
+            ctx.sum.flatten(0, -2).addmm_(grad.flatten(0, -2), weight.T)
+            return None, None, None, None, None
         if support is None:
             known = (grad @ weight[: ctx.width].T).to(ctx.dtype)
             missing = ctx.width - known.shape[-1]
-            return nn.functional.pad(known, (0, missing)) if missing else known, None, None, None
+            return nn.functional.pad(known, (0, missing)) if missing else known, None, None, None, None
         rows = [(weight[s] @ g[..., None]).squeeze(-1) for s, g in zip(support, grad, strict=True)]
-        return torch.stack(rows).to(ctx.dtype), None, None, None
+        return torch.stack(rows).to(ctx.dtype), None, None, None, None
 
 
 class Backbone(nn.Module):
@@ -308,7 +322,8 @@ class Backbone(nn.Module):
         """
         width, count = token_probs.shape[-1], mask.sum(-1)
         # cut after the product: the backward then pads embeddings, not probabilities
-        embeds = SoftEmbedding.apply(token_probs, self.weight, support, tokens)[:, : mask.shape[1]]
+        embeds = SoftEmbedding.apply(token_probs, self.weight, support, tokens, gradient_sum(token_probs))
+        embeds = embeds[:, : mask.shape[1]]
         encoded = self._encode(prefix, {"inputs_embeds": embeds}, mask)
         context = prefix.lengths
         product = self.formula.soft_embedding(count, width)

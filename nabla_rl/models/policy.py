@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nabla_rl.functional.logps import (
     categorical_from_uniform,
@@ -19,8 +19,9 @@ from nabla_rl.functional.logps import (
     upcast,
 )
 from nabla_rl.ledger import Ledger, Stopwatch
-from nabla_rl.models.backbone import Backbone, Encoded, Prefix, build_cache, cache_tensors
+from nabla_rl.models.backbone import Backbone, Encoded, Prefix
 from nabla_rl.models.prompts import encode_prompt, special_id
+from nabla_rl.models.stepping import open_steps
 from nabla_rl.types import UserError
 
 COMPACT_BELOW = 0.7
@@ -258,18 +259,16 @@ class Policy(nn.Module):
         finished = torch.zeros(rows, dtype=torch.bool, device=device)
         budgets = None if budgets is None else budgets.to(device)
 
-        active, hidden, current = torch.arange(rows, device=device), prefix.hidden, prefix
+        active, hidden = torch.arange(rows, device=device), prefix.hidden
         live = torch.ones_like(active, dtype=torch.bool)  # rows of the running batch that have not ended
-        cache = build_cache(prefix)
-        columns, length = prefix.mask, 0
-        watch = Stopwatch(device)
+        steps, length = open_steps(self.backbone, prefix), 0
+        watch, seconds = Stopwatch(device), []
         while True:
             logits = self.logits(hidden)
             if not torch.isfinite(logits).all():
                 raise UserError(
                     "policy: expected finite logits, found NaN or infinity. Check the weights, or use float32."
                 )
-            self.backbone.record_head(current, live.long())
             alive = active[live]
             if length == 0 and first_tokens is not None:
                 tokens = first_tokens
@@ -304,28 +303,21 @@ class Policy(nn.Module):
                 live = live & ~torch.isin(tokens, stops)
             if length == max_new_tokens or not live.any():
                 if store is not None:
-                    store.add_cache(active, cache, torch.ones_like(live))
+                    store.add(active, *steps.tensors())
                 break
             if live.float().mean() < COMPACT_BELOW:
                 if store is not None:
-                    store.add_cache(active[~live], cache, ~live)
+                    gone = (~live).nonzero().squeeze(-1)
+                    store.add(active[gone], *([t[gone] for t in tensors] for tensors in steps.tensors()))
                 index = live.nonzero().squeeze(-1)
-                active, tokens, columns = active[index], tokens[index], columns[index]
-                current, live = current.select(index), live[index]
-                kept = zip(*cache_tensors(cache), strict=True)
-                cache = DynamicCache([(k[index], v[index]) for k, v in kept])
-            columns = torch.cat([columns, torch.ones_like(columns[:, :1])], 1)
-            hidden = self.backbone.base(
-                input_ids=tokens[:, None],
-                attention_mask=columns.long(),
-                # rows that have ended run on until they are dropped, perhaps beyond the context
-                position_ids=(columns.sum(-1, keepdim=True) - 1).clamp(max=self.backbone.context_length - 1),
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state[:, -1]
-            flops = self.backbone.formula.forward(live.long(), columns.sum(-1) - 1)
-            prefix.ledger.record("policy", "forward", current.problems, live.long(), flops, watch.seconds())
+                active, tokens, live = active[index], tokens[index], live[index]
+                steps.keep(index)
+            context = steps.columns.sum(-1)
+            # rows that have ended run on until they are dropped, perhaps beyond the context
+            hidden = steps.step(tokens, context.clamp(max=self.backbone.context_length - 1))
+            seconds.append(watch.seconds())
             watch = Stopwatch(device)
+        self._book(prefix, mask[:, :length], seconds)
         return Rollout(
             ids[:, :length],
             mask[:, :length],
@@ -339,6 +331,14 @@ class Policy(nn.Module):
             top_logps[:, :length] if keep_top else None,
         )
 
+    def _book(self, prefix: Prefix, mask: Tensor, seconds: list[float]) -> None:
+        """Book a rollout: a pass for every token that another one followed, and the head for every token."""
+        fed = mask[:, 1:].cpu()  # booked once, not step by step: the device need not be waited for
+        contexts = prefix.lengths.cpu()[:, None] + torch.arange(fed.shape[1])
+        flops = self.backbone.formula.forward(fed, contexts).sum(-1)
+        prefix.ledger.record_steps("policy", "forward", prefix.problems, fed, flops, seconds)
+        self.backbone.record_head(prefix, mask.sum(-1))
+
 
 class _Store:
     """Collects keys, values and hidden states of rows that leave a rollout at different times."""
@@ -350,9 +350,8 @@ class _Store:
         )
         self.parts: list[tuple[Tensor, list[Tensor], list[Tensor]]] = []
 
-    def add_cache(self, rows: Tensor, cache: DynamicCache, chosen: Tensor) -> None:
-        keys, values = cache_tensors(cache)
-        self.parts.append((rows, [k[chosen] for k in keys], [v[chosen] for v in values]))
+    def add(self, rows: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
+        self.parts.append((rows, keys, values))
 
     def encoded(self, length: int, mask: Tensor) -> Encoded:
         """The last sampled token of a row was never fed: it counts as not encoded."""
