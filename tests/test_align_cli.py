@@ -275,10 +275,11 @@ def test_weights_and_biases_where_it_is_installed(models, tmp_path, monkeypatch)
     monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", True)
     changes = {"model.rl.report_to": "wandb", "model.rl.max_steps": 2}
     assert cli.align(options(models, tmp_path / "run", **changes)) == 0
-    assert [row["trainer/global_step"] for row in run.logged] == [1, 2]
-    assert all(
-        row["reward"] == line["reward"] for row, line in zip(run.logged, metrics(tmp_path / "run"), strict=True)
-    )
+    numbers, texts = ([row for row in run.logged if name in row] for name in ("reward", "completions"))
+    assert [row["trainer/global_step"] for row in numbers] == [1, 2] == [row["trainer/global_step"] for row in texts]
+    columns, rows = texts[0]["completions"]
+    assert columns == ["prompt", "completion", "reward"] and len(rows) == 4
+    assert [row["reward"] for row in numbers] == [line["reward"] for line in metrics(tmp_path / "run")]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="W&B is installed")
