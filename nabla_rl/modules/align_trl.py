@@ -143,11 +143,12 @@ def not_finite(module: PolicyAligner, what: str, step: int) -> UserError:
 def count_cost(module: PolicyAligner, state: Any) -> None:
     """Put down what TRL's training has cost so far.
 
-    TRL keeps no ledger: the linear layers' operations. A forward each to sample (less where ∇-Reasoner draws, whose
-    ledger is its own), to score anew, for the reference and to train, and a backward.
+    TRL keeps no ledger: the linear layers' operations. A forward and a backward to train, and a forward each to
+    sample, to score anew and for the reference; of ∇-Reasoner's completions these are in the module's own ledger.
     """
     module.all_tokens = float(state.num_input_tokens_seen)
-    sampled = {"sample": 1.0, "mixed": 0.5, "nabla": 0.0}[module.rollouts]
-    passes = 2 + sampled + (module.algorithm == "rloo") + (module.rl.beta > 0)
+    passes = 2
+    if module.rollouts == "sample":
+        passes += 1 + (module.algorithm == "rloo") + (module.rl.beta > 0)
     weights = module.policy.backbone.formula.block_weights
     module.all_flops = module.flops + 2.0 * weights * module.all_tokens * passes
