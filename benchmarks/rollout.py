@@ -59,6 +59,7 @@ def main() -> None:
         batches = [problems[at : at + asked.batch_size] for at in range(0, len(problems), asked.batch_size)]
         policy = load_policy(PolicyOptions("tiny-policy"), family=name, device=cpu)
         reward = load_reward(RewardOptions("tiny-reward"), family=name, device=cpu)
+        assert reward is not None
         decoders: dict[str, AbstractDecoder] = {
             "greedy": Greedy(Sampling(0.0, max_new_tokens=width)),
             "edit search": EditSearch(

@@ -120,6 +120,23 @@ class Adapter:
         return folder
 
 
+def build_adapter(model: PreTrainedModel, options: LoraOptions, *, seed: int = 0, argument: str) -> PeftModel:
+    """Put fresh LoRA matrices into a sequence classifier, its score head left out, drawn from `seed` alone.
+
+    Raises:
+        UserError: a target matches no linear layer; `argument` is the group of options that it names.
+    """
+    check_targets(model, options.targets, argument=argument)
+    config = LoraConfig(
+        r=options.r, lora_alpha=options.lora_alpha, target_modules=options.targets, lora_dropout=0.0,
+        exclude_modules=["score"], base_model_name_or_path=model.name_or_path,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)  # pyright: ignore
+
+
 def attach_adapter(policy: Policy, options: LoraOptions, *, seed: int = 0, base_name: str | None = None) -> Adapter:
     """Put fresh LoRA matrices into a policy, drawn from `seed` alone.
 
@@ -135,19 +152,19 @@ def attach_adapter(policy: Policy, options: LoraOptions, *, seed: int = 0, base_
         return Adapter(policy, get_peft_model(model, config))  # pyright: ignore
 
 
-def check_targets(model: PreTrainedModel, targets: Sequence[str] | str) -> None:
+def check_targets(model: PreTrainedModel, targets: Sequence[str] | str, *, argument: str = "model.lora") -> None:
     """Refuse targets that match nothing, with the names that there are."""
     if targets == ALL_LINEAR:
         return
     head = model.get_output_embeddings()
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
     if not targets:
-        raise UserError("--model.lora.target_modules: expected at least one name, found none. Use all-linear.")
+        raise UserError(f"--{argument}.target_modules: expected at least one name, found none. Use all-linear.")
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
             raise UserError(
-                f"--model.lora.target_modules: expected names of linear layers below the output layer ({known}), "
+                f"--{argument}.target_modules: expected names of linear layers below the output layer ({known}), "
                 f"found {target!r}, which matches none. Use some of them, or all-linear."
             )
 
@@ -172,7 +189,7 @@ def merge_adapter(model: PreTrainedModel, folder: str, *, argument: str = "model
         lines = str(error).strip().splitlines() or [type(error).__name__]
         found = next((line.strip() for line in lines if "size mismatch" in line), lines[0])[:200]
         raise UserError(
-            f"--{argument}: expected an adapter of this policy, found '{folder}', which does not fit ({found}). Take "
-            "the policy that it was trained on."
+            f"--{argument}: expected an adapter of this model, found '{folder}', which does not fit ({found}). Take "
+            "the model that it was trained on."
         ) from error
     return merged

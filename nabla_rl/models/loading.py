@@ -54,7 +54,8 @@ class RewardOptions:
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint. Only for publishers you trust."""
     taught: str | None = None
-    """A copy of the reward that was taught its gradient (tiny-taught, or a folder), for proposals by gradient."""
+    """A copy of the reward that was taught its gradient (tiny-taught, a folder, or a PEFT adapter's folder), for
+    proposals by gradient."""
 
 
 def resolve_name(name: str, family: str) -> str:

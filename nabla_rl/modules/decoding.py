@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from transformers import PreTrainedModel
 
 from nabla_rl.data.module import ProblemData
 from nabla_rl.data.problems import Extract, Problem, extract_line
@@ -319,9 +321,22 @@ def load_reward(
     model, tokenizer = load_classifier(options, family=family, device=device, argument=argument)
     proposer = None
     if options.taught is not None:
-        copy = replace(options, name=options.taught)
-        proposer, _ = load_classifier(copy, family=family, device=device, argument=f"model.{role}.taught")
+        proposer = load_proposer(options, options.taught, family=family, device=device, role=role)
     return SequenceClassifierReward(model, tokenizer, system_prompt=options.system_prompt, proposer=proposer)
+
+
+def load_proposer(
+    options: RewardOptions, taught: str, *, family: str, device: torch.device, role: str
+) -> PreTrainedModel:
+    """The judge's copy that was taught its gradient: a model of its own, or a PEFT adapter for the judge."""
+    argument = f"model.{role}.taught"
+    if (Path(taught) / "adapter_config.json").is_file():
+        from nabla_rl.models.adapters import merge_adapter  # PEFT takes seconds to import
+
+        copy, _ = load_classifier(options, family=family, device=device, argument=f"model.{role}.name")
+        return merge_adapter(copy, taught, argument=argument)
+    copy, _ = load_classifier(replace(options, name=taught), family=family, device=device, argument=argument)
+    return copy
 
 
 def in_role(message: str, role: str) -> str:

@@ -12,17 +12,19 @@ taught weights make.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import lightning as L
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset
 
+from nabla_rl.data.problems import Problem
 from nabla_rl.data.tiny import Family, generate
 from nabla_rl.functional.seeding import seeded_generator
 from nabla_rl.ledger import Ledger
@@ -61,8 +63,10 @@ class TaughtBatch:
 
 
 class TaughtBatches(IterableDataset):
-    """Endless batches of edits of the policy's own completions of fresh problems; batch k depends on (seed, k)
-    alone."""
+    """Endless batches of edits of the policy's own completions; batch k depends on (seed, k) alone.
+
+    Problems are fresh ones of a family, or drawn from `problems` where there are any.
+    """
 
     def __init__(
         self,
@@ -75,7 +79,10 @@ class TaughtBatches(IterableDataset):
         seed: int,
         start: int = 0,
         split: str = "train",
+        problems: Sequence[Problem] = (),
+        max_new_tokens: int | None = None,
     ):
+        self.problems, self.max_new_tokens = problems, max_new_tokens or family.max_new_tokens
         self.family, self.policy, self.judge, self.split = family, policy, judge, split
         self.batch_size, self.alternatives, self.seed, self.start = batch_size, alternatives, seed, start
 
@@ -85,17 +92,23 @@ class TaughtBatches(IterableDataset):
             yield self.draw(step)
             step += 1
 
+    def _asked(self, step: int) -> list[Problem]:
+        if not self.problems:
+            return list(islice(generate(self.family, self.split, f"taught/{self.seed}/{step}"), self.batch_size))
+        order = torch.randperm(len(self.problems), generator=seeded_generator(self.seed, "problems", step))
+        return [self.problems[index] for index in order[: self.batch_size].tolist()]
+
     @torch.no_grad()
     def draw(self, step: int) -> TaughtBatch:
         """Sample completions (half of them greedily), let the untaught judge read them, and try alternatives."""
         policy, judge = self.policy, self.judge
-        problems = list(islice(generate(self.family, self.split, f"taught/{self.seed}/{step}"), self.batch_size))
+        problems = self._asked(step)
         ledger, accounts = Ledger(len(problems)), torch.arange(len(problems))
         prefix = policy.prefill([policy.encode_prompt(p.problem) for p in problems], accounts, ledger)
         rollout = policy.rollout(
             prefix,
             generators=[seeded_generator(self.seed, "taught", step, index) for index in range(len(problems))],
-            max_new_tokens=self.family.max_new_tokens,
+            max_new_tokens=self.max_new_tokens,
             temperature=0.0 if step % 2 else 1.0,
             keep_entropy=True,
             keep_top=self.alternatives,
@@ -158,7 +171,10 @@ class TinyTaught(L.LightningModule):
     Args:
         reward: the untaught judge, with the taught one as its `proposer` (see `SequenceClassifierReward`).
         policy: whose completions and alternatives it learns on.
-        family: which problems.
+        family: which problems, where `problems` is empty.
+        problems: what to learn on instead.
+        max_new_tokens: tokens of a completion at most; None: the family's.
+        adapter: the LoRA in the proposer (`build_adapter`), which then is all that trains; None: all weights do.
     """
 
     def __init__(
@@ -174,20 +190,26 @@ class TinyTaught(L.LightningModule):
         decay: float = 0.5,
         max_steps: int = 400,
         seed: int = 0,
+        problems: Sequence[Problem] = (),
+        max_new_tokens: int | None = None,
+        adapter: PeftModel | None = None,
     ):
         super().__init__()
         assert reward.proposer is not None
         # lists: the untaught judge and the policy are no part of this module's weights
         self.model, self.reward, self.policy, self.family = reward.proposer.model, [reward], [policy], family
-        self.model.requires_grad_(True)
-        self.model.get_input_embeddings().requires_grad_(False)
+        self.adapter, self.problems, self.max_new_tokens = [adapter], problems, max_new_tokens
+        if adapter is None:
+            self.model.requires_grad_(True)
+            self.model.get_input_embeddings().requires_grad_(False)
         self.batch_size, self.alternatives, self.seed = batch_size, alternatives, seed
         self.learning_rate, self.warmup, self.decay, self.max_steps = learning_rate, warmup, decay, max_steps
 
     def train_dataloader(self) -> torch.utils.data.DataLoader:
         data = TaughtBatches(
             self.family, self.policy[0], self.reward[0], batch_size=self.batch_size, alternatives=self.alternatives,
-            seed=self.seed, start=self.trainer.global_step,
+            seed=self.seed, start=self.trainer.global_step, problems=self.problems,
+            max_new_tokens=self.max_new_tokens,
         )  # fmt: skip
         return torch.utils.data.DataLoader(data, batch_size=None)
 

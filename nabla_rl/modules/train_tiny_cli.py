@@ -12,13 +12,16 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel
 
+from nabla_rl.data.problems import Problem, read_jsonl
 from nabla_rl.data.tiny import FAMILIES, build_tokenizer
+from nabla_rl.models.adapters import LoraOptions, build_adapter
 from nabla_rl.models.loading import ASSETS, PolicyOptions, RewardOptions, load_classifier, load_policy
 from nabla_rl.models.prompts import special_id
 from nabla_rl.modules.tiny import TinyPretraining
 from nabla_rl.modules.tiny_card import write_card
 from nabla_rl.modules.tiny_judge import TinyJudge, judge_from_language_model, with_fresh_layers
 from nabla_rl.modules.tiny_taught import TinyTaught
+from nabla_rl.rewards.base import check_shared_vocabulary
 from nabla_rl.rewards.sequence_classifier import SequenceClassifierReward
 from nabla_rl.types import UserError
 
@@ -68,11 +71,18 @@ class TaughtOptions:
     """What a judge is taught its gradient from."""
 
     policy: str = "tiny-policy"
-    """Whose completions and alternatives it learns on: an embedded model or a folder."""
+    """Whose completions and alternatives it learns on: an embedded model, a folder or a Hub name."""
     judge: str = "tiny-reward"
-    """The judge that is copied, and whose exact changes are to be predicted: an embedded model or a folder."""
+    """The judge that is copied, and whose exact changes are to be predicted: an embedded model, a folder or a Hub
+    name."""
     alternatives: int = 8
     """The policy's likeliest tokens that are tried at each position."""
+    problems: str | None = None
+    """A JSONL file of problems to learn on (field `problem`); null: fresh ones of the family."""
+    max_new_tokens: int | None = None
+    """Tokens at most in one completion; null: the family's."""
+    lora: LoraOptions | None = None
+    """Train a PEFT LoRA on the copy, and save that alone; null: all weights of the copy."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +129,7 @@ def train(options: TrainTinyOptions, *, run_dir: str | None = None, accelerator:
     family = FAMILIES[options.family]
     folder = Path(run_dir or Path("runs/train_tiny") / options.family / Path(options.name).name)
     L.seed_everything(options.seed, verbose=False)
-    module = _module(options)
+    module = _module(options, torch.device("cpu" if accelerator == "cpu" or not torch.cuda.is_available() else "cuda"))
     bar = RichProgressBar()
     checkpoints = ModelCheckpoint(folder, every_n_train_steps=100, save_last=True, filename="{step}")
     trainer = L.Trainer(
@@ -135,6 +145,9 @@ def train(options: TrainTinyOptions, *, run_dir: str | None = None, accelerator:
     last = folder / "last.ckpt"
     trainer.fit(module, ckpt_path=str(last) if last.is_file() else None)
     output = ASSETS / options.family / options.name if "/" not in options.name else Path(options.name)
+    if isinstance(module, TinyTaught) and module.adapter[0] is not None:
+        module.adapter[0].save_pretrained(str(output), save_embedding_layers=False)
+        return output
     save(module.model, output)
     build_tokenizer(family).save_pretrained(output)
     return output
@@ -147,21 +160,38 @@ def save(model: PreTrainedModel, output: Path) -> None:
         file.chmod(0o644)
 
 
-def _module(options: TrainTinyOptions) -> TinyPretraining | TinyJudge | TinyTaught:
+def _module(options: TrainTinyOptions, device: torch.device) -> TinyPretraining | TinyJudge | TinyTaught:
     if options.taught is not None:
-        return _taught(options, options.taught)
+        return _taught(options, options.taught, device)
     return _judge(options) if options.judge is not None else _language_model(options)
 
 
-def _taught(options: TrainTinyOptions, taught: TaughtOptions) -> TinyTaught:
-    cpu, family = torch.device("cpu"), options.family
-    policy = load_policy(PolicyOptions(taught.policy), family=family, device=cpu)
-    judge, tokenizer = load_classifier(RewardOptions(taught.judge), family=family, device=cpu)
-    proposer, _ = load_classifier(RewardOptions(taught.judge), family=family, device=cpu)
+def _taught(options: TrainTinyOptions, taught: TaughtOptions, device: torch.device) -> TinyTaught:
+    family = options.family
+    if taught.lora is not None and "/" not in options.name:
+        raise UserError(f"--model.name: expected a folder to save the adapter to, found '{options.name}'. Write ./it.")
+    problems = [] if taught.problems is None else _problems(taught.problems)
+    policy = load_policy(PolicyOptions(taught.policy), family=family, device=device, argument="model.taught.policy")
+    asked, argument = RewardOptions(taught.judge), "model.taught.judge"
+    judge, tokenizer = load_classifier(asked, family=family, device=device, argument=argument)
+    proposer, _ = load_classifier(asked, family=family, device=device, argument=argument)
     # fused attention has no second derivative
     proposer.set_attn_implementation("eager")
-    reward = SequenceClassifierReward(judge, tokenizer, proposer=proposer)
-    return TinyTaught(reward, policy, FAMILIES[family], alternatives=taught.alternatives, **_schedule(options))
+    check_shared_vocabulary(policy.tokenizer, tokenizer)
+    reward, adapter = SequenceClassifierReward(judge, tokenizer, proposer=proposer), None
+    if taught.lora is not None:  # after the reward has frozen the copy's own weights
+        adapter = build_adapter(proposer, taught.lora, seed=options.seed, argument="model.taught.lora")
+    return TinyTaught(
+        reward, policy, FAMILIES[family], alternatives=taught.alternatives, problems=problems,
+        max_new_tokens=taught.max_new_tokens, adapter=adapter, **_schedule(options),
+    )  # fmt: skip
+
+
+def _problems(path: str) -> list[Problem]:
+    try:
+        return read_jsonl(path)[0]
+    except UserError as error:
+        raise UserError(str(error).replace("--data.path", "--model.taught.problems")) from error
 
 
 def _language_model(options: TrainTinyOptions) -> TinyPretraining:
