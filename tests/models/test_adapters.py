@@ -180,5 +180,5 @@ def test_another_models_adapter_is_refused(tmp_path):
     adapter = attach_adapter(policy(), OPTIONS)
     change(adapter)
     adapter.save(tmp_path / "adapter", "")
-    with pytest.raises(UserError, match="expected an adapter of this policy, found"):
+    with pytest.raises(UserError, match="expected an adapter of this model, found"):
         merge_adapter(toys_hf.build_llama(hidden_size=32), str(tmp_path / "adapter"))
