@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from nabla_rl.duality.exact import expected_reward, kl_divergence, tilt
-from nabla_rl.duality.study import KL_BOUND, TV_BOUND, build_landscape, pick
+from nabla_rl.duality.study import build_landscape
+from nabla_rl.duality.verdicts import KL_BOUND, TV_BOUND, pick
 
 STYLES: dict[str, tuple[str, str, float]] = {
     # name: colour, dash, width. Particles are warm, weights are cool; what ends elsewhere than at ρ* is dashed.

@@ -75,9 +75,9 @@ def claims_table(report: Report, title: str) -> Table:
     return table
 
 
-def rows_table(report: Report, title: str) -> Table:
+def rows_table(rows: Sequence[Row], title: str) -> Table:
     """The table itself."""
-    table, (names, cells) = Table(title=Text(title)), with_intervals(report.rows)
+    table, (names, cells) = Table(title=Text(title)), with_intervals(rows)
     for name in names:
         # the last part of a dotted name is enough in a terminal
         table.add_column(Text(name.rpartition(".")[2]))
@@ -118,6 +118,8 @@ def to_html(report: Report, title: str, command: str) -> str:
     ]
     if notes:
         parts.append("<h2>Every verdict</h2>\n" + _table(["landscape", "claim", "verdict", "worst λ", "note"], notes))
+    for heading, rows in report.tables:
+        parts.append(f"<h2>{escape(heading)}</h2>\n" + _table(*with_intervals(rows)))
     names, cells = with_intervals(report.rows)
     table = _table(names, cells)
     parts.append(f"<details><summary>The table, {len(cells)} lines</summary>\n{table}\n</details>")
