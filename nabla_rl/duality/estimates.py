@@ -87,9 +87,9 @@ def best_of_n_kl(
         completions: a number for each different completion of a problem.
         n: completions that the best is taken of.
     """
-    parts = zip(*(x.split(CHUNK) for x in (logps.double(), scores, completions)), strict=True)
-    ratios = torch.cat([_log_ratio(*part, n) for part in parts])
-    return (best_of_n_weights(scores, n) * ratios).sum(1)
+    parts = [slice(start, start + CHUNK) for start in range(0, len(scores), CHUNK)]
+    ratios = [_log_ratio(logps[part].double(), scores[part], completions[part], n) for part in parts]
+    return (best_of_n_weights(scores, n) * torch.cat(ratios)).sum(1)
 
 
 def _log_ratio(logps: Tensor, scores: Tensor, completions: Tensor, n: int) -> Tensor:

@@ -12,6 +12,7 @@ Row = dict[str, Any]
 CURVES: dict[str, tuple[str, str, str]] = {
     # curve: colour, marker, name. Test time is warm, weights are cool, the policy's own samples are grey or green.
     "align": ("#08519c", "o", "aligned weights (β)"),
+    "align long": ("#08306b", "h", "aligned weights, 1000 steps (β)"),
     "align steps": ("#4292c6", "o", "RL steps"),
     "distil": ("#41ae76", "^", "distilled weights"),
     "distil steps": ("#41ae76", "^", "distillation steps"),
@@ -21,6 +22,7 @@ CURVES: dict[str, tuple[str, str, str]] = {
     "dto steps": ("#b30000", "v", "DTO steps"),
     "split": ("#7f2704", "P", "half in weights, ∇ for the rest"),
     "split loop": ("#7f2704", "X", "half in weights, the loop for the rest"),
+    "split pool": ("#54278f", "p", "half in weights, tilted for the rest"),
     "greedy": ("#636363", "*", "greedy"),
     "policy": ("#222222", "*", "the policy"),
     "best of n by reward": ("#756bb1", ".", "best of n by reward"),
@@ -44,11 +46,11 @@ def write_measured_figures(rows: Sequence[Row], folder: Path) -> list[tuple[str,
         if any(row["curve"] not in (*STEPS, "policy", "greedy") for row in mine):
             caption = (
                 f"{family}: what each law gains and how far it has gone from the policy. The line is the best that "
-                "any law can do (tilted policies, from reweighted draws of the policy: faint where more than a tenth of the "
-                "problems rests on fewer than 8 of them). "
-                "Crosses: 95% intervals over problems. A law without a density is a bar from the least KL that its "
-                "reward needs to the most that its likelihood allows, -log π of its answers; a deterministic decoder "
-                "(a square or star at the end of its bar) has the upper end."
+                "any law can do (tilted policies, from reweighted draws of the policy; faint where more than a tenth "
+                "of the problems rest on fewer than 8 of them). Crosses: 95% intervals over problems. A law without a "
+                "density is a bar from the least KL that its reward needs to the most that its likelihood allows, "
+                "-log π of its answers; a deterministic decoder (a filled mark at the end of its bar) has the upper "
+                "end."
             )
             written.append((caption, _save(_frontier(mine, str(family)), folder / f"reward_kl_{family}.svg")))
         if any(row["curve"] in STEPS for row in mine):

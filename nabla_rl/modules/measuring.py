@@ -45,6 +45,7 @@ class Source:
         samples: completions of each problem.
         adapter: which of the study's adapters is in the policy; null: none.
         step: after how many steps of its training; null: at its end.
+        tilt: β of a reweighting of the samples by exp(r/β); null: they are taken as they are.
         options: dotted options of the decode command.
     """
 
@@ -55,14 +56,19 @@ class Source:
     samples: int = 1
     adapter: str | None = None
     step: int | None = None
+    tilt: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check the values."""
         if self.samples < 1:
             raise UserError(f"--variants: expected samples of at least 1, found {self.samples}.")
-        if self.beta is not None and not self.beta > 0:
-            raise UserError(f"--variants: expected a positive beta, found {self.beta}.")
+        for name in ("beta", "tilt"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"--variants: expected a positive {name}, found {value}.")
+        if self.tilt is not None and self.decoder != "sample":
+            raise UserError(f"--variants: expected tilt with samples of a policy alone, found it with {self.decoder}.")
 
 
 @dataclass
@@ -130,7 +136,7 @@ def is_deterministic(decoder: AbstractDecoder) -> bool:
 def judge(drawn: Drawn, module: Decoding, reference: Policy, problems: Sequence[Problem], grade: Any) -> Row:
     """Rewards, correctness and -log π_ref of every completion, and the KL of each problem's law from the reference
     where the law is a policy's: exact over the vocabulary at every position of its samples, summed over the
-    completion (unbiased, and less noisy than log-ratios).
+    completion (unbiased, and less noisy than log-ratios). Those, log π - log π_ref, are there for such a law, too.
 
     Equal completions of a problem are judged once, so that they have equal values to the last bit.
     """
@@ -147,6 +153,11 @@ def judge(drawn: Drawn, module: Decoding, reference: Policy, problems: Sequence[
         ],
         "surprisal": [-value for value in completion_logps(reference, owners, flat)],
     }
+    if drawn.density == "known":
+        own = completion_logps(module.policy, owners, flat) if module.policy is not reference else None
+        columns["log_ratio"] = [
+            0.0 if own is None else own[k] + surprisal for k, surprisal in enumerate(columns["surprisal"])
+        ]
     sizes = [len(each) for each in different]
     row: Row = {"completions": [[list(ids) for ids in answers] for answers in drawn.completions]}
     for name, values in columns.items():
