@@ -21,6 +21,7 @@ from nabla_rl.duality.kernels import (
     law_after,
 )
 from nabla_rl.duality.landscape import Landscape
+from nabla_rl.duality.settings import ExactSettings
 from nabla_rl.duality.verdicts import TV_BOUND, pick
 from nabla_rl.samplers import discrete_langevin, gibbs_with_gradients, langevin
 from nabla_rl.samplers.chain import ChainInfo, ChainState
@@ -36,18 +37,6 @@ UNCORRECTED_STEPS = 300
 CLOSE = 1e-5
 """KL to ρ* at which a chain has arrived."""
 DLP_STEP, LOGIT_STEP = 2.0, 0.3
-
-
-@dataclass(frozen=True)
-class RunSize:
-    """How much work the samplers are."""
-
-    max_steps: int
-    """Steps after which a chain's exact law is given up on."""
-    chains: int
-    """Chains of the running samplers."""
-    run_steps: int
-    """Steps of the running samplers at most."""
 
 
 State = ChainState | LangevinState
@@ -67,13 +56,13 @@ class Sampler:
 
 
 def place_samplers(
-    landscape: Landscape, beta: float, seed: int, size: RunSize, curves: dict[str, dict[str, Any]]
+    landscape: Landscape, beta: float, seed: int, settings: ExactSettings, curves: dict[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Every sampler against the tilted policy at one β; its curve of KL against gradients is put into `curves`."""
     kernels = build_kernels(landscape, beta)
-    rows = [_exact_row(landscape, beta, size, name, curves, *entry) for name, entry in kernels.items()]
-    for sampler in _running(landscape, beta, size, {name: kernel for name, (kernel, _) in kernels.items()}, rows):
-        measured = _run(landscape, beta, seed, size.chains, sampler, curves)
+    rows = [_exact_row(landscape, beta, settings, name, curves, *entry) for name, entry in kernels.items()]
+    for sampler in _running(landscape, beta, settings, {name: kernel for name, (kernel, _) in kernels.items()}, rows):
+        measured = _run(landscape, beta, seed, settings.chains, sampler, curves)
         if sampler.kernel is None:
             rows.append(_measured_row(sampler.name, measured, landscape.space.length))
         else:
@@ -102,13 +91,13 @@ def build_kernels(landscape: Landscape, beta: float) -> dict[str, tuple[Kernel, 
 def _exact_row(
     landscape: Landscape,
     beta: float,
-    size: RunSize,
+    settings: ExactSettings,
     name: str,
     curves: dict[str, dict[str, Any]],
     kernel: Kernel,
     tokens: float,
 ) -> dict[str, Any]:
-    limit = min(size.max_steps, UNCORRECTED_STEPS) if "uncorrected" in name else size.max_steps
+    limit = min(settings.max_steps, UNCORRECTED_STEPS) if "uncorrected" in name else settings.max_steps
     path = converge(kernel, landscape.logps, landscape.tilted(beta), max_steps=limit, kl=CLOSE)
     spent = path.evaluations_to_tv(TV_BOUND)
     curves[name] = curve("particles", path.evaluations, path.kl)
@@ -124,20 +113,20 @@ def _exact_row(
 
 
 def _running(
-    landscape: Landscape, beta: float, size: RunSize, kernels: dict[str, Kernel], rows: list[dict[str, Any]]
+    landscape: Landscape, beta: float, settings: ExactSettings, kernels: dict[str, Kernel], rows: list[dict[str, Any]]
 ) -> list[Sampler]:
     """The samplers that are run. Those with an exact law take as many steps as it needs, if that is affordable."""
     space, models = landscape.space, (landscape.log_probs_fn, landscape.reward_fn)
 
     def discrete(name: str, module: Any, config: Any) -> Sampler:
         known = pick(rows, name)["steps_to_tv"]
-        steps = SHORT_RUN if known is None or known > size.run_steps else max(8, known)
+        steps = SHORT_RUN if known is None or known > settings.run_steps else max(8, known)
         return Sampler(
             name,
             lambda tokens, generator: module.init(tokens, _mask(tokens), space.vocab, *models, config),
             [lambda state, generator: module.step(state, *models, config, generator)],
             kernels[name],
-            min(steps, size.run_steps),
+            min(steps, settings.run_steps),
         )
 
     def on_logits(name: str, config: langevin.LangevinConfig, steps: int, *, rollouts: bool = False) -> Sampler:
@@ -154,14 +143,14 @@ def _running(
         def local(state: Any, generator: torch.Generator) -> tuple[State, ChainInfo]:
             return langevin.step(state, *models, config, generator)
 
-        return Sampler(name, init, [local, jump] if rollouts else [local], None, min(steps, size.run_steps))
+        return Sampler(name, init, [local, jump] if rollouts else [local], None, min(steps, settings.run_steps))
 
     corrected = langevin.LangevinConfig(beta=beta, step_size=LOGIT_STEP)
     plain = langevin.LangevinConfig(beta=beta, step_size=LOGIT_STEP, corrected=False)
     return [
         discrete("Gibbs-with-gradients", gibbs_with_gradients, gibbs_with_gradients.GibbsWithGradientsConfig(beta)),
         discrete("discrete Langevin", discrete_langevin, discrete_langevin.DiscreteLangevinConfig(beta, DLP_STEP)),
-        on_logits("Langevin on logits", corrected, size.run_steps),
+        on_logits("Langevin on logits", corrected, settings.run_steps),
         on_logits("Langevin on logits + independence", corrected, MIXED_RUN, rollouts=True),
         on_logits("Langevin on logits, uncorrected", plain, SHORT_RUN),
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from itertools import islice
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from nabla_rl import functional as F
 from nabla_rl.data.tiny import SORTING, generate
 from nabla_rl.dto import DTOConfig
-from nabla_rl.duality.chains import CLOSE, RunSize, curve, place_samplers
+from nabla_rl.duality.chains import CLOSE, curve, place_samplers
 from nabla_rl.duality.exact import (
     Law,
     entropy,
@@ -32,6 +32,7 @@ from nabla_rl.duality.landscape import Landscape, random_landscape
 from nabla_rl.duality.laws import Loop, best_of_n_law, dto_laws, nabla_law
 from nabla_rl.duality.networks import completion_landscape, likely_tokens
 from nabla_rl.duality.rl import Training, natural_gradient_law, train_exact, train_sampled
+from nabla_rl.duality.settings import ExactSettings
 from nabla_rl.duality.verdicts import KL_BOUND, TV_BOUND
 from nabla_rl.models.loading import PolicyOptions, RewardOptions, load_classifier, load_policy
 from nabla_rl.rewards.sequence_classifier import SequenceClassifierReward
@@ -63,30 +64,6 @@ answers are near one another in the first and two or more letters apart in the s
 LANDSCAPES = ("table", *NETWORK_PROBLEMS)
 
 
-@dataclass(frozen=True)
-class ExactSettings:
-    """How much work a point is."""
-
-    max_steps: int = 1_000_000
-    """Steps after which a chain's exact law is given up on."""
-    chains: int = 2048
-    """Chains of the running samplers."""
-    run_steps: int = 500
-    """Steps of the running samplers at most."""
-    exact_steps: int = 400
-    """Updates of RL with the exact gradient."""
-    sampled_steps: int = 1500
-    """Updates of RL with a sampled gradient."""
-    batch_size: int = 256
-    """Samples of each of those."""
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        for name, value in vars(self).items():
-            if value < (2 if name in ("chains", "batch_size") else 1):
-                raise UserError(f"settings.{name}: expected a larger number, found {value}.")
-
-
 @cache
 def build_landscape(name: str, seed: int = 0) -> Landscape:
     """One of `LANDSCAPES`; the seed is that of the table, networks are as they are."""
@@ -114,8 +91,7 @@ def run_point(name: str, beta: float, seed: int, settings: ExactSettings) -> dic
     began, landscape = time.perf_counter(), build_landscape(name, seed)
     target = landscape.tilted(beta)
     curves: dict[str, dict[str, Any]] = {}
-    size = RunSize(settings.max_steps, settings.chains, settings.run_steps)
-    samplers = place_samplers(landscape, beta, seed, size, curves)
+    samplers = place_samplers(landscape, beta, seed, settings, curves)
     training, laws = _training(landscape, beta, seed, settings, curves)
     placements = _placements(landscape, beta, curves)
     return {

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 import torch
 
-from nabla_rl.duality.study import LANDSCAPES, ExactSettings, run_point
+from nabla_rl.duality.settings import ExactSettings
+from nabla_rl.duality.study import LANDSCAPES, run_point
 from nabla_rl.duality.verdicts import verdicts
 from nabla_rl.functional.seeding import seeded_generator
 from nabla_rl.metrics.paired import paired_difference

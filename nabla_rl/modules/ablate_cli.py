@@ -12,7 +12,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from rich.console import Console
 
-from nabla_rl.duality.study import ExactSettings
+from nabla_rl.duality.settings import ExactSettings
 from nabla_rl.modules.ablate import (
     VARIANT,
     AbstractStudy,

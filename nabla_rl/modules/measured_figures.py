@@ -19,6 +19,8 @@ CURVES: dict[str, tuple[str, str, str]] = {
     "nabla": ("#d94801", "s", "∇-Reasoner (β)"),
     "nabla rounds": ("#d94801", "s", "∇-Reasoner, rollouts"),
     "loop": ("#fd8d3c", "D", "∇-Reasoner's loop of DTO (β)"),
+    "loop metropolis": ("#fdae6b", "d", "the loop, Metropolis (β)"),
+    "loop metropolis, no gradient": ("#bdbdbd", "d", "the same without a gradient (β)"),
     "dto steps": ("#b30000", "v", "DTO steps"),
     "split": ("#7f2704", "P", "half in weights, ∇ for the rest"),
     "split loop": ("#7f2704", "X", "half in weights, the loop for the rest"),
