@@ -208,7 +208,7 @@ def test_which_decoders_have_one_answer_alone():
         Source("x", beta=0.0)
 
 
-@pytest.mark.parametrize("name", ["frontier.yaml", "composition.yaml"])
+@pytest.mark.parametrize("name", ["frontier.yaml", "frontier_words.yaml", "composition.yaml"])
 def test_shipped_studies_name_what_they_use(name):
     """Every curve has a colour, every adapter is used, and a pair's derived law has its β."""
     from nabla_rl.modules.measured_figures import CURVES

@@ -54,6 +54,7 @@ class Report:
         figures: captions and SVG files.
         summary: anything else worth keeping.
         tables: further tables, each with its heading.
+        shown: columns that the terminal has room for; empty: all.
     """
 
     rows: list[Row]
@@ -61,6 +62,7 @@ class Report:
     figures: list[tuple[str, Path]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     tables: list[tuple[str, list[Row]]] = field(default_factory=list)
+    shown: Sequence[str] = ()
 
 
 @contextmanager

@@ -180,9 +180,9 @@ def finish(
         holds = sum(row["holds"] for row in report.claims)
         console.print(f"{holds} of {len(report.claims)} claims hold everywhere", highlight=False)
     else:
-        console.print(rows_table(report.rows, f"{name}: {count}"))
+        console.print(rows_table(report.rows, f"{name}: {count}", report.shown))
     for title, rows in report.tables:
-        console.print(rows_table(rows, title))
+        console.print(rows_table(rows, title, report.shown))
     console.print(
         f"results in {folder.path}/ (summary.json, table.csv, table.json, report.html, figures/)", highlight=False
     )

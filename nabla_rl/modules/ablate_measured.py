@@ -41,6 +41,11 @@ POOL_SIZE = 16
 """Samples of the policy at least, for best-of-n and tilted policies to be derived."""
 DERIVED = ("tilted, β = ", "best of ")
 """How the labels of laws begin that are reweightings of the pool."""
+SHOWN = (
+    *("family", "law", "accuracy", "reward", "gold_reward", "kl", "kl_from", "kl_to", "flops"),
+    *("first", "second", "reward_correlation", "overlap", "same_answer", "probe_accuracy", "probe_p", "gold_wins"),
+)
+"""Columns of the terminal's tables."""
 SNAPSHOTS = "nabla_rl.modules.snapshots.AdapterSnapshots"
 
 
@@ -185,7 +190,8 @@ class Measured(AbstractStudy):
             table += [{"family": family, **describe(sample, pool)} for sample in samples.values()]
             pairs += [{"family": family, **line} for line in self._pairs(samples, str(family))]
         figures = write_measured_figures(table, folder / "figures")
-        return Report(table, figures=figures, tables=[("Two laws on the same problems", pairs)] if pairs else [])
+        tables = [("Two laws on the same problems", pairs)] if pairs else []
+        return Report(table, figures=figures, tables=tables, shown=SHOWN)
 
     def samples(self, rows: Sequence[Row]) -> dict[str, Sample]:
         """The laws that were drawn from, and those that are reweightings of the policy's pool, by label."""

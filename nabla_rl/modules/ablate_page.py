@@ -75,8 +75,11 @@ def claims_table(report: Report, title: str) -> Table:
     return table
 
 
-def rows_table(rows: Sequence[Row], title: str) -> Table:
-    """The table itself."""
+def rows_table(rows: Sequence[Row], title: str, shown: Sequence[str] = ()) -> Table:
+    """The table itself, or the columns `shown` of it, with their intervals."""
+    if shown:
+        kept = {f"{name}{end}" for name in shown for end in ("", "_low", "_high")}
+        rows = [{name: value for name, value in row.items() if name in kept} for row in rows]
     table, (names, cells) = Table(title=Text(title)), with_intervals(rows)
     for name in names:
         # the last part of a dotted name is enough in a terminal
