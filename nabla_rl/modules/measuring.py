@@ -31,6 +31,8 @@ could be evaluated (a search with random numbers)."""
 
 BATCH = 256
 """Completions that go through a model side by side."""
+MOST_ROWS = 2048
+"""Completions that are drawn side by side at most, by fewer problems at once where each has many."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,9 @@ def draw(source: Source, module: Decoding, problems: Sequence[Problem], extract:
     """Completions of every problem by the way that the source names, from the models that `module` holds."""
     found = Drawn([], [], "known")
     seed = module.seed
-    for start in range(0, len(problems), batch_size):
-        part = problems[start : start + batch_size]
+    size = max(1, min(batch_size, MOST_ROWS // source.samples)) if source.decoder == "sample" else batch_size
+    for start in range(0, len(problems), size):
+        part = problems[start : start + size]
         ledger = Ledger(len(part))
         if source.decoder == "sample":
             found.completions += _samples(source, module, part, ledger)
