@@ -30,7 +30,7 @@ from nabla_rl.modules.ablate import (
     one_thread,
     silently,
 )
-from nabla_rl.modules.measured_laws import Sample, best_of, compare, describe, features_of, sample_of, tilt
+from nabla_rl.modules.measured_laws import Sample, best_of, compare, describe, features_of, few, sample_of, tilt
 from nabla_rl.modules.measuring import Source, draw, judge
 from nabla_rl.modules.snapshots import snapshot_folder
 from nabla_rl.types import UserError
@@ -219,9 +219,9 @@ class Measured(AbstractStudy):
         if not chosen:
             return []
         policy, problems = self._reference(family)
-        labels = dict.fromkeys(label for pair in chosen for label in pair)
-        seen = {label: features_of(samples[label], policy, problems) for label in labels}
-        return [compare(samples[a], samples[b], seen[a], seen[b]) for a, b in chosen]
+        compared = {label: few(samples[label]) for pair in chosen for label in pair}
+        seen = {label: features_of(sample, policy, problems) for label, sample in compared.items()}
+        return [compare(compared[a], compared[b], seen[a], seen[b]) for a, b in chosen]
 
     def _reference(self, family: str) -> tuple[Policy, list[Problem]]:
         """The policy that all laws are held to, and the problems."""

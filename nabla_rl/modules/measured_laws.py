@@ -19,6 +19,8 @@ from nabla_rl.modules.measuring import Density, Row, Source, features
 BEST_OF = (2, 4, 8, 16, 32, 64, 128)
 REDRAWN = 4
 """Completions of each problem that a reweighted pool gives where completions are compared."""
+COMPARED = 8
+"""Completions of each problem at most that are compared with another law's."""
 KL_BY: dict[Density, str] = {
     "known": "exact at each token of its samples",
     "point": "bounds: a point mass has the upper end",
@@ -64,6 +66,17 @@ class Sample:
         if self.pool is not None and self.weights is not None:
             return (self.weights * self.pool.values[name]).sum(1)
         return self.values[name].mean(1)
+
+
+def few(sample: Sample) -> Sample:
+    """The first `COMPARED` completions of each problem; means stay those of all."""
+    values = {name: v[:, :COMPARED] for name, v in sample.values.items()}
+    pool, weights = sample.pool, sample.weights
+    if pool is None:
+        rewards = sample.values["rewards"]
+        pool, weights = sample, torch.full_like(rewards, 1 / rewards.shape[1])
+    completions = [answers[:COMPARED] for answers in sample.completions]
+    return replace(sample, completions=completions, values=values, pool=pool, weights=weights)
 
 
 def sample_of(label: str, source: Source, rows: Sequence[Row]) -> Sample:
