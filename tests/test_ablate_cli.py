@@ -13,6 +13,7 @@ import yaml
 from nabla_rl import cli
 from nabla_rl.modules import ablate, ablate_cli
 from nabla_rl.modules.ablate import DecodeGrid, DualityExact, Point, build_points
+from nabla_rl.modules.ablate_measured import Measured
 from nabla_rl.types import UserError
 from tests import toys_cli
 from tests.test_configs import parse
@@ -140,7 +141,7 @@ def test_bad_input_is_one_line_and_exit_code_two(tmp_path, capsys):
         assert error.count("\n") == 1 and error.startswith("error: ")
         return error
 
-    assert "expected one of duality_exact, decode, found 'magic'" in complaint([*good, "--study", "magic"])
+    assert "expected one of duality_exact, decode, measured, found 'magic'" in complaint([*good, "--study", "magic"])
     assert "--exact.chainz: expected an option" in complaint([*good, "--exact.chainz", "3"])
     assert "settings.chains: expected a larger number, found 1" in complaint([*good, "--exact.chains", "1"])
     assert "expected a YAML file" in complaint(["--config", str(tmp_path / "none.yaml")])
@@ -189,8 +190,13 @@ def test_every_yaml_is_a_study_that_can_run(file):
     if options.study == "duality_exact":
         DualityExact().check(points)
         return
-    study = DecodeGrid(options.fixed, variants)
+    study = ablate_cli.build_study(options)
     study.check(points)
+    if isinstance(study, Measured):
+        for label in variants:
+            parse(study.arguments(study.source(label), "sorting", 0, None))
+        return
+    assert isinstance(study, DecodeGrid)
     for point in (points[0], points[-1]):
         config = parse(study.arguments(point, Path("unused")))
         assert config["model"]["decoders"] == options.fixed["model.decoders"]

@@ -8,28 +8,43 @@ from pathlib import Path
 from typing import Any
 
 from nabla_rl.duality.exact import expected_reward, kl_divergence, tilt
-from nabla_rl.duality.study import KL_BOUND, TV_BOUND, build_landscape, pick
+from nabla_rl.duality.study import build_landscape
+from nabla_rl.duality.verdicts import KL_BOUND, TV_BOUND, pick
 
 STYLES: dict[str, tuple[str, str, float]] = {
     # name: colour, dash, width. Particles are warm, weights are cool; what ends elsewhere than at ρ* is dashed.
-    "Gibbs-with-gradients": ("#d94801", "-", 2.2),
-    "discrete Langevin": ("#fd8d3c", "-", 2.2),
-    "Gibbs-with-gradients + independence": ("#7f2704", "-", 2.2),
+    "Gibbs-with-gradients": ("#d94801", "-", 2.4),
+    "discrete Langevin": ("#fd8d3c", "-", 2.4),
     "Langevin on logits": ("#c51b8a", "-", 1.6),
-    "independence Metropolis": ("#969696", "-", 2.0),
+    "Gibbs-with-gradients + independence": ("#7f2704", "-", 2.4),
+    "Langevin on logits + independence": ("#7a0177", "-", 1.6),
+    "independence Metropolis": ("#969696", "-", 2.2),
     "discrete Langevin, uncorrected": ("#fd8d3c", "--", 1.6),
     "DTO, 100 steps of 0.1": ("#b30000", ":", 2.4),
     "DTO, published": ("#e34a33", ":", 2.4),
-    "RL, exact gradient": ("#08519c", "-", 2.2),
-    "RL, sampled gradient": ("#4292c6", "-", 2.2),
-    "RL, natural gradient": ("#41ae76", "-", 2.2),
+    "RL, exact gradient": ("#08519c", "-", 2.4),
+    "RL, sampled gradient": ("#4292c6", "-", 2.4),
+    "RL, natural gradient": ("#41ae76", "-", 2.4),
+}
+GROUPS: dict[str, tuple[str, ...]] = {
+    # heading of the legend: its curves
+    "one particle, by gradients": ("Gibbs-with-gradients", "discrete Langevin", "Langevin on logits"),
+    "one particle, with rollouts": (
+        "Gibbs-with-gradients + independence",
+        "Langevin on logits + independence",
+        "independence Metropolis",
+    ),
+    "one particle, to another law": ("discrete Langevin, uncorrected", "DTO, 100 steps of 0.1", "DTO, published"),
+    "weights": ("RL, exact gradient", "RL, sampled gradient", "RL, natural gradient"),
 }
 TITLES = {
     "table": "a table",
     "letters": "networks: sorting, likely answers close",
     "letters_barrier": "networks: sorting, likely answers apart",
 }
-LABELS = {"independence Metropolis": "independence Metropolis (no gradient)"}
+LABELS = {"independence Metropolis": "independence Metropolis, no gradient"}
+PARTICLE, WEIGHTS = "Gibbs-with-gradients", "RL, sampled gradient"
+"""What the price of training is measured between."""
 FLOOR = 3e-5
 
 
@@ -50,7 +65,8 @@ def write_figures(points: Sequence[dict[str, Any]], folder: Path) -> list[tuple[
         caption = (
             f"KL to the tilted policy at λ = {1 / beta:g} against gradients of one sequence: warm, one particle's law "
             "(its cost is paid for each sample); cool, the trained weights' law (paid once). Curves that level out "
-            "above the line end at another law."
+            "above the line end at another law. The arrow: what training by samples costs, in samples by "
+            "Gibbs-with-gradients."
         )
         written.append((caption, _save(_convergence(mine), folder / f"convergence_lambda_{1 / beta:g}.svg")))
     mine = [point for point in points if point["beta"] == main]
@@ -89,37 +105,79 @@ def _save(figure, path: Path) -> Path:
 
 
 def _convergence(points: Sequence[dict[str, Any]]):
-    figure, axes = _axes(len(points), height=5.4)
+    figure, axes = _axes(len(points), height=6.0)
+    highest = max(value for point in points for curve in point["curves"].values() for value in curve["kl"])
     for axis, point in zip(axes, points, strict=True):
-        top = 0.0
         for name, (colour, dash, width) in STYLES.items():
             curve = point["curves"].get(name)
             if curve is None:
                 continue
             spent, kl = _visible(curve["evaluations"], curve["kl"])
             axis.plot(
-                spent, kl, dash, color=colour, linewidth=width, label=LABELS.get(name, name),
-                solid_capstyle="round", zorder=3 if curve["side"] == "weights" else 4,
+                spent, kl, dash, color=colour, linewidth=width, label=name, solid_capstyle="round",
+                zorder=3 if curve["side"] == "weights" else 4,
             )  # fmt: skip
-            top = max(top, *kl)
-        axis.axhline(KL_BOUND, color="#444", linewidth=0.8)
-        axis.annotate(
-            f"KL = {KL_BOUND:g}", (0.99, KL_BOUND), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-            fontsize=8, color="#444",
-        )  # fmt: skip
-        axis.set(xscale="log", yscale="log", ylim=(FLOOR, 2 * top), xlim=(0.9, None))
+        axis.axhline(KL_BOUND, color="#444", linewidth=0.8, zorder=1)
+        axis.set(xscale="log", yscale="log", ylim=(FLOOR, 2 * min(highest, 20.0)), xlim=(0.9, 1e6))
         axis.set_title(TITLES.get(point["landscape"], point["landscape"]), loc="left", fontsize=11)
         axis.set_xlabel("gradients of one sequence: for each sample (warm), in all (cool)", fontsize=9)
+        axis.minorticks_off()
+        _mark_price(axis, point)
+    for axis in axes[1:]:
+        axis.tick_params(labelleft=False)
     axes[0].set_ylabel(r"KL to the tilted policy $\rho^*$ (nats)")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False,
+    axes[0].annotate(
+        f"KL = {KL_BOUND:g}", (0.01, KL_BOUND), xycoords=("axes fraction", "data"), va="bottom", fontsize=8,
+        color="#444",
     )  # fmt: skip
+    _grouped_legend(figure, axes[0])
     figure.suptitle(
         f"Samples moved at test time and weights moved in training head for one law   (λ = {points[0]['lambda']:g})",
         x=0.01, ha="left", fontsize=13,
     )  # fmt: skip
     return figure
+
+
+def _mark_price(axis, point: dict[str, Any]) -> None:
+    """An arrow between the two sides where they cross the line: how many samples training costs."""
+    sample, training = (_crossing(point["curves"].get(name)) for name in (PARTICLE, WEIGHTS))
+    if sample is None or training is None or abs(math.log10(training / sample)) < 0.5:
+        return
+    y, ratio = KL_BOUND * 0.62, training / sample
+    axis.annotate("", (training, y), (sample, y), arrowprops={"arrowstyle": "<->", "color": "#444", "linewidth": 1.0})
+    text = f"training = {ratio:,.0f} samples" if ratio >= 1 else f"training = 1/{1 / ratio:,.0f} sample"
+    axis.annotate(
+        text, (math.sqrt(sample * training), y), (0, -3), textcoords="offset points", ha="center", va="top",
+        fontsize=8, color="#444", bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1},
+        zorder=6,
+    )  # fmt: skip
+
+
+def _crossing(curve: dict[str, Any] | None) -> float | None:
+    """Where a curve first is below the line."""
+    if curve is None:
+        return None
+    pairs = zip(curve["evaluations"], curve["kl"], strict=True)
+    return next((max(spent, 1.0) for spent, kl in pairs if kl <= KL_BOUND), None)
+
+
+def _grouped_legend(figure, axis) -> None:
+    """A column for each group of curves, under its heading."""
+    from matplotlib.lines import Line2D
+
+    drawn = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    groups = {heading: [name for name in names if name in drawn] for heading, names in GROUPS.items()}
+    most = max(len(names) for names in groups.values())
+    nothing = Line2D([], [], color="none")
+    handles, labels = [], []
+    for heading, names in groups.items():
+        handles += [nothing, *(drawn[name] for name in names), *[nothing] * (most - len(names))]
+        labels += [heading, *(LABELS.get(name, name) for name in names), *[""] * (most - len(names))]
+    legend = figure.legend(handles, labels, loc="outside lower center", ncols=len(groups), fontsize=9, frameon=False)
+    for text in legend.get_texts():
+        if text.get_text() in groups:
+            text.set_fontweight("bold")
+            text.set_position((-18, 0))
 
 
 def _visible(spent: Sequence[float], kl: Sequence[float]) -> tuple[list[float], list[float]]:

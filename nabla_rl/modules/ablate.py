@@ -7,14 +7,17 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from nabla_rl.duality.study import LANDSCAPES, ExactSettings, run_point, verdicts
+from nabla_rl.duality.settings import ExactSettings
+from nabla_rl.duality.study import LANDSCAPES, run_point
+from nabla_rl.duality.verdicts import verdicts
 from nabla_rl.functional.seeding import seeded_generator
 from nabla_rl.metrics.paired import paired_difference
 from nabla_rl.report.summary import mean, summarise
@@ -23,7 +26,7 @@ from nabla_rl.types import UserError
 VARIANT = "variant"
 """The grid's name for the labels of `DecodeGrid.variants`."""
 
-StudyName = Literal["duality_exact", "decode"]
+StudyName = Literal["duality_exact", "decode", "measured"]
 Row = dict[str, Any]
 
 
@@ -50,12 +53,23 @@ class Report:
         claims: rows with claim, holds, and a text for each landscape; empty for a study that claims nothing.
         figures: captions and SVG files.
         summary: anything else worth keeping.
+        tables: further tables, each with its heading.
+        shown: columns that the terminal has room for; empty: all.
     """
 
     rows: list[Row]
     claims: list[Row] = field(default_factory=list)
     figures: list[tuple[str, Path]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
+    tables: list[tuple[str, list[Row]]] = field(default_factory=list)
+    shown: Sequence[str] = ()
+
+
+@contextmanager
+def silently() -> Iterator[None]:
+    """Within, what another command prints is not shown."""
+    with redirect_stdout(StringIO()):
+        yield
 
 
 @contextmanager
@@ -166,16 +180,13 @@ class DecodeGrid(AbstractStudy):
         values = {name: value for name, value in point.values.items() if name != VARIANT}
         chosen = self.variants.get(point.values.get(VARIANT, ""), {})
         options = {**self.fixed, **values, **chosen, "seed": point.seed, "run_dir": str(run_dir)}
-        return [text for name, value in options.items() for text in (f"--{name}", _as_text(value))]
+        return [text for name, value in options.items() for text in (f"--{name}", as_text(value))]
 
     def run(self, point: Point, folder: Path) -> list[Row]:
-        from contextlib import redirect_stdout
-        from io import StringIO
-
         from nabla_rl.modules import decode_cli
 
         run_dir = folder / "points" / point.id
-        with redirect_stdout(StringIO()):
+        with silently():
             decode_cli.main(self.arguments(point, run_dir))
         lines = (run_dir / "results.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
         results = [json.loads(line) for line in lines]
@@ -318,6 +329,6 @@ def finite(value: Any) -> Any:
     return [finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
-def _as_text(value: Any) -> str:
+def as_text(value: Any) -> str:
     """A value as the command line takes it."""
     return value if isinstance(value, str) else json.dumps(value)

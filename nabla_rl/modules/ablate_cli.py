@@ -12,7 +12,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from rich.console import Console
 
-from nabla_rl.duality.study import ExactSettings
+from nabla_rl.duality.settings import ExactSettings
 from nabla_rl.modules.ablate import (
     VARIANT,
     AbstractStudy,
@@ -24,6 +24,7 @@ from nabla_rl.modules.ablate import (
     build_points,
     finite,
 )
+from nabla_rl.modules.ablate_measured import Measured
 from nabla_rl.modules.ablate_page import claims_table, rows_table, to_csv, to_html
 from nabla_rl.modules.decode_cli import explain, given_configs, terminable, wide_console
 from nabla_rl.report.run_folder import RunFolder, write_atomically
@@ -48,7 +49,10 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="a YAML of configs/ablate (default: duality_exact.yaml)")
     parser.add_argument(
-        "--study", type=StudyName, default="duality_exact", help="duality_exact, or decode: the decode command's grids"
+        "--study",
+        type=StudyName,
+        default="duality_exact",
+        help="duality_exact; decode: the decode command's grids; measured: laws of completions on samples",
     )
     parser.add_argument("--grid", type=dict[str, Any], default={}, help="dotted names, each with a list of values")
     parser.add_argument(
@@ -58,7 +62,20 @@ def build_parser() -> ArgumentParser:
         "--variants",
         type=dict[str, dict[str, Any]],
         default={},
-        help="of a decode study: label → dotted options, each held to the first one, in place of or within the grid",
+        help="of a decode study: label → dotted options, each held to the first one, in place of or within the grid; "
+        "of a measured one: label → the law's curve, beta, decoder, adapter, samples, options, …",
+    )
+    parser.add_argument(
+        "--adapters",
+        type=dict[str, dict[str, Any]],
+        default={},
+        help="of a measured study: name → command (align or distill), snapshots (steps) and that command's options",
+    )
+    parser.add_argument(
+        "--pairs", type=list[list[str]], default=[], help="of a measured study: labels of two laws to be compared"
+    )
+    parser.add_argument(
+        "--adapters_dir", type=str, default="runs/ablate/adapters", help="where trained adapters are, for all studies"
     )
     parser.add_argument("--seeds", type=list[int], default=[0], help="every point is run with each; counted from seed")
     parser.add_argument("--seed", type=int, default=0, help="added to every one of seeds")
@@ -78,25 +95,11 @@ def main(arguments: list[str]) -> int:
         options = [option for action in parser._actions for option in action.option_strings]
         raise UserError(explain(str(error), options, files)) from error
     options: Any = parser.instantiate(config)
-    study: AbstractStudy = (
-        DualityExact(options.exact)
-        if options.study == "duality_exact"
-        else DecodeGrid(options.fixed, options.variants)
-    )
-    if options.study == "duality_exact" and options.fixed:
-        raise UserError("--fixed: expected none with duality_exact, found some. Use --exact.NAME VALUE.")
+    study = build_study(options)
     points = build_points(whole_grid(options.grid, options.variants), [options.seed + seed for seed in options.seeds])
     study.check(points)
     folder = Path(options.run_dir or Path("runs/ablate") / Path(files[-1] if files else DEFAULT).stem)
-    decisive = {
-        "study": options.study,
-        "fixed": options.fixed,
-        "variants": options.variants,
-        "exact": asdict(options.exact),
-    }
-    if options.study == "decode":
-        del decisive["exact"]
-    run_folder = RunFolder(folder, decisive)
+    run_folder = RunFolder(folder, decisive_options(options))
     console = wide_console()
     try:
         with terminable():
@@ -106,6 +109,29 @@ def main(arguments: list[str]) -> int:
         raise
     finish(study, points, run_folder, arguments, console)
     return 0
+
+
+def build_study(options: Any) -> AbstractStudy:
+    """The study that the options describe."""
+    if options.study == "duality_exact":
+        if options.fixed:
+            raise UserError("--fixed: expected none with duality_exact, found some. Use --exact.NAME VALUE.")
+        return DualityExact(options.exact)
+    if options.study == "measured":
+        return Measured(
+            options.fixed, options.variants, options.adapters, options.pairs, adapters_dir=Path(options.adapters_dir)
+        )
+    return DecodeGrid(options.fixed, options.variants)
+
+
+def decisive_options(options: Any) -> dict[str, Any]:
+    """What decides the results of a point. Laws can be added to a measured study, and other pairs be compared."""
+    decisive = {"study": options.study, "fixed": options.fixed}
+    if options.study == "duality_exact":
+        return decisive | {"variants": options.variants, "exact": asdict(options.exact)}
+    if options.study == "measured":
+        return decisive
+    return decisive | {"variants": options.variants}
 
 
 def whole_grid(grid: dict[str, Any], variants: dict[str, Any]) -> dict[str, Any]:
@@ -142,6 +168,10 @@ def finish(
     )
     folder.write_json("table.json", finite(report.rows))
     write_atomically(folder.path / "table.csv", to_csv(report.rows))
+    for title, lines in report.tables:
+        stem = title.lower().replace(" ", "_")
+        folder.write_json(f"{stem}.json", finite(lines))
+        write_atomically(folder.path / f"{stem}.csv", to_csv(lines))
     name = folder.path.name
     write_atomically(folder.path / "report.html", to_html(report, f"ablate: {name}", command))
     count = f"{len(points)} points" if finished == len(points) else f"the {finished} finished of {len(points)} points"
@@ -150,7 +180,9 @@ def finish(
         holds = sum(row["holds"] for row in report.claims)
         console.print(f"{holds} of {len(report.claims)} claims hold everywhere", highlight=False)
     else:
-        console.print(rows_table(report, f"{name}: {count}"))
+        console.print(rows_table(report.rows, f"{name}: {count}", report.shown))
+    for title, rows in report.tables:
+        console.print(rows_table(rows, title, report.shown))
     console.print(
         f"results in {folder.path}/ (summary.json, table.csv, table.json, report.html, figures/)", highlight=False
     )

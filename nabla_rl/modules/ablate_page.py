@@ -75,9 +75,12 @@ def claims_table(report: Report, title: str) -> Table:
     return table
 
 
-def rows_table(report: Report, title: str) -> Table:
-    """The table itself."""
-    table, (names, cells) = Table(title=Text(title)), with_intervals(report.rows)
+def rows_table(rows: Sequence[Row], title: str, shown: Sequence[str] = ()) -> Table:
+    """The table itself, or the columns `shown` of it, with their intervals."""
+    if shown:
+        kept = {f"{name}{end}" for name in shown for end in ("", "_low", "_high")}
+        rows = [{name: value for name, value in row.items() if name in kept} for row in rows]
+    table, (names, cells) = Table(title=Text(title)), with_intervals(rows)
     for name in names:
         # the last part of a dotted name is enough in a terminal
         table.add_column(Text(name.rpartition(".")[2]))
@@ -118,6 +121,8 @@ def to_html(report: Report, title: str, command: str) -> str:
     ]
     if notes:
         parts.append("<h2>Every verdict</h2>\n" + _table(["landscape", "claim", "verdict", "worst λ", "note"], notes))
+    for heading, rows in report.tables:
+        parts.append(f"<h2>{escape(heading)}</h2>\n" + _table(*with_intervals(rows)))
     names, cells = with_intervals(report.rows)
     table = _table(names, cells)
     parts.append(f"<details><summary>The table, {len(cells)} lines</summary>\n{table}\n</details>")

@@ -120,15 +120,15 @@ class DecodeCLI(LightningCLI):
             raise UserError(f"--trainer: expected options that work here, found: {error} See --help.") from error
 
 
-def main(arguments: list[str]) -> int:
-    """Decode, write the run folder, print the table."""
+def read_options(arguments: Sequence[str]) -> DecodeCLI:
+    """The decoding, the problems and the trainer that a command line asks for."""
     default = CONFIGS / "default.yaml"
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    cli = DecodeCLI(
+    return DecodeCLI(
         Decoding,
         ProblemData,
         run=False,
-        args=arguments,
+        args=list(arguments),
         seed_everything_default=False,
         save_config_callback=None,
         auto_configure_optimizers=False,
@@ -140,6 +140,11 @@ def main(arguments: list[str]) -> int:
             "exit_on_error": False,
         },
     )
+
+
+def main(arguments: list[str]) -> int:
+    """Decode, write the run folder, print the table."""
+    cli = read_options(arguments)
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
     folder = Path(cli.config.run_dir or Path("runs/decode") / config_name(cli.config))
     if trainer.is_global_zero:

@@ -26,11 +26,21 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nabla_rl import functional as F
-from nabla_rl.samplers.chain import ChainInfo, ChainState, Generators, draw_normals, draw_uniforms, evaluate, propose
+from nabla_rl.samplers.chain import (
+    ChainInfo,
+    ChainState,
+    Generators,
+    draw_normals,
+    draw_uniforms,
+    evaluate,
+    propose,
+    settle,
+)
+from nabla_rl.samplers.independence import independence_log_ratio
 from nabla_rl.types import LogProbsFn, RewardFn, UserError
 
 
@@ -107,18 +117,55 @@ def step(
         back = state.logits - logits - h * _drift(proposed, config)
         squares = (noise.square() * 2 * h - back.square()).masked_fill(~mask, 0.0).double().sum((1, 2))
         log_ratio = _potential(state, config) - _potential(proposed, config) + squares / (4 * h)
-    probability = log_ratio.clamp(max=0.0).exp().nan_to_num(nan=0.0)
-    accepted = uniform < probability
-    wide = accepted[:, None, None]
-    chosen = {
-        name: torch.where(wide if getattr(chain, name).ndim == 3 else wide[:, 0] if name == "tokens" else accepted,
-                          getattr(chain, name), getattr(state.chain, name))
-        for name in ("tokens", "gradient", "energy", "reward", "logps")
-    }  # fmt: skip
-    after = LangevinState(torch.where(wide, logits, state.logits), state.chain._replace(**chosen))
-    after = after._replace(chain=after.chain._replace(step=state.chain.step + 1))
-    values = (after.chain.energy, after.chain.reward, after.chain.logps)
-    return after, ChainInfo(*values, probability, accepted, moved)
+    return _settle(state, proposed, log_ratio, uniform, moved)
+
+
+@torch.no_grad()
+def jump(
+    state: LangevinState,
+    rollouts: Int[Tensor, "chains length"],
+    log_probs_fn: LogProbsFn,
+    reward_fn: RewardFn | None,
+    config: LangevinConfig,
+    generator: Generators = None,
+) -> tuple[LangevinState, ChainInfo]:
+    r"""Test logits drawn afresh around one rollout of the policy for each chain: what crosses between modes.
+
+    Proposed are tokens :math:`y' \sim \pi` and the Gaussian's logits given that argmax. Its density is
+    :math:`\pi(y') \phi(z')` up to a constant, so the test is that of `samplers.independence`:
+    :math:`\min(1, e^{(r(y') - r(y)) / \beta})`.
+    """
+    uniform = draw_uniforms(generator, len(state.logits), 1, state.logits.device)[:, 0]
+    tokens = torch.where(state.chain.mask, rollouts, state.chain.tokens)
+    fresh = logits_at(tokens, state.logits, config.scale, generator)
+    logits = torch.where(state.chain.mask[..., None], fresh, state.logits)
+    chain, moved = propose(state.chain, tokens, log_probs_fn, reward_fn, beta=config.beta)
+    log_ratio = independence_log_ratio(state.chain, chain)
+    return _settle(state, LangevinState(logits, chain), log_ratio, uniform, moved)
+
+
+def logits_at(
+    tokens: Int[Tensor, "chains length"],
+    like: Float[Tensor, "chains length support"],
+    scale: float,
+    generator: Generators = None,
+) -> Float[Tensor, "chains length support"]:
+    """Logits from N(0, scale²) given that their argmax is `tokens`; shape and dtype are those of `like`.
+
+    The Gaussian treats all tokens alike, so exchanging the largest entry of each position with the token's leaves the
+    law of the rest as it is.
+    """
+    logits = scale * draw_normals(generator, like)
+    best, wanted = logits.argmax(-1, keepdim=True), tokens[..., None]
+    high, low = logits.gather(-1, best), logits.gather(-1, wanted)
+    return logits.scatter(-1, best, low).scatter(-1, wanted, high)
+
+
+def _settle(
+    state: LangevinState, proposed: LangevinState, log_ratio: Tensor, uniform: Tensor, moved: Tensor
+) -> tuple[LangevinState, ChainInfo]:
+    chain, info = settle(state.chain, proposed.chain, log_ratio, uniform, moved)
+    return LangevinState(torch.where(info.accepted[:, None, None], proposed.logits, state.logits), chain), info
 
 
 def _drift(state: LangevinState, config: LangevinConfig) -> Tensor:

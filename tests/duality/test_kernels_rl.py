@@ -13,6 +13,7 @@ from nabla_rl.duality.kernels import (
     discrete_langevin_kernel,
     gibbs_with_gradients_kernel,
     independence_kernel,
+    law_after,
 )
 from nabla_rl.duality.landscape import Landscape, random_landscape
 from nabla_rl.duality.rl import leave_one_out_loss, train_exact, train_sampled
@@ -68,6 +69,20 @@ def test_convergence_counts_what_was_proposed():
     steps = path.steps_to_tv(0.02)
     assert steps is not None and path.tv[steps] <= 0.02 < path.tv[steps - 1]
     assert path.steps_to_tv(-1.0) is None and path.evaluations_to_tv(-1.0) is None
+
+
+def test_strides_of_many_steps_are_those_steps():
+    """Late steps are taken many at a time: the law and its cost are those of single steps."""
+    kernel, target = kernels(LANDSCAPE, 0.2)["gibbs"], LANDSCAPE.tilted(0.2)
+    path = converge(kernel, LANDSCAPE.logps, target, max_steps=3000, kl=-1.0)
+    assert path.steps[-1] >= 3000 and len(path.steps) < 1000
+    probs, spent = LANDSCAPE.logps.exp(), 1.0
+    for _ in range(path.steps[-1]):
+        spent += float(probs @ kernel.evaluations)
+        probs = kernel.apply(probs)
+    torch.testing.assert_close(path.law.exp(), probs, atol=1e-12, rtol=0)
+    assert path.evaluations[-1] == pytest.approx(spent, rel=1e-10)
+    torch.testing.assert_close(law_after(kernel, LANDSCAPE.logps, path.steps[-1]).exp(), probs)
 
 
 def test_a_matrix_of_a_large_space_is_refused():

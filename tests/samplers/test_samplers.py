@@ -9,12 +9,18 @@ import torch
 
 from nabla_rl import functional as F
 from nabla_rl.duality.exact import empirical_law, expected_iid_tv, iid_tv_spread, total_variation
-from nabla_rl.duality.kernels import converge, discrete_langevin_kernel, gibbs_with_gradients_kernel
+from nabla_rl.duality.kernels import (
+    discrete_langevin_kernel,
+    gibbs_with_gradients_kernel,
+    independence_kernel,
+    law_after,
+)
 from nabla_rl.duality.landscape import random_landscape
-from nabla_rl.samplers import discrete_langevin, gibbs_with_gradients, langevin
+from nabla_rl.samplers import discrete_langevin, gibbs_with_gradients, independence, langevin
 from nabla_rl.samplers.chain import init as init_chain
 from nabla_rl.samplers.discrete_langevin import DiscreteLangevinConfig
 from nabla_rl.samplers.gibbs_with_gradients import GibbsWithGradientsConfig
+from nabla_rl.samplers.independence import IndependenceConfig
 from nabla_rl.samplers.langevin import LangevinConfig
 from nabla_rl.types import UserError
 
@@ -55,7 +61,7 @@ def test_a_running_sampler_has_the_law_of_its_exact_kernel(module, config, steps
         kernel = gibbs_with_gradients_kernel(LANDSCAPE, BETA, config.temperature)
     else:
         kernel = discrete_langevin_kernel(LANDSCAPE, BETA, config.step_size, corrected=config.corrected)
-    law = converge(kernel, LANDSCAPE.logps, LANDSCAPE.tilted(BETA), max_steps=steps, kl=-1.0).law
+    law = law_after(kernel, LANDSCAPE.logps, steps)
     drawn = run(module, config, starts(CHAINS, generator), steps, generator)
     assert follows(drawn, law, generator)
 
@@ -79,6 +85,50 @@ def test_corrected_langevin_on_logits_has_the_tilted_law(beta, generator):
     law = LANDSCAPE.tilted(beta)
     assert found[True] < expected_iid_tv(law, chains) + 5 * iid_tv_spread(law, chains, generator) + 0.005
     assert found[False] > found[True] + 0.05
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_running_independence_metropolis_has_the_law_of_its_exact_kernel(steps, generator):
+    config = IndependenceConfig(beta=BETA)
+    tokens = starts(CHAINS, generator)
+    state = independence.init(tokens, torch.ones_like(tokens).bool(), 3, *MODELS, config)
+    for _ in range(steps):
+        state, info = independence.step(state, starts(CHAINS, generator), *MODELS, config, generator)
+        assert torch.equal(info.evaluated.logical_not() & info.accepted.logical_not(), torch.zeros(CHAINS).bool())
+    law = law_after(independence_kernel(LANDSCAPE, BETA), LANDSCAPE.logps, steps)
+    assert follows(LANDSCAPE.space.index(state.tokens), law, generator)
+    with pytest.raises(UserError, match="`beta` must be positive"):
+        IndependenceConfig(beta=0.0)
+
+
+def test_a_jump_of_logits_has_the_law_of_independence_metropolis(generator):
+    """From logits of the policy's samples: the tokens' law after a jump is that of the exact kernel."""
+    config, tokens = LangevinConfig(beta=BETA), starts(CHAINS, generator)
+    logits = langevin.logits_at(tokens, torch.zeros(CHAINS, 3, 3), config.scale, generator)
+    assert torch.equal(logits.argmax(-1), tokens)
+    state = langevin.init(logits, torch.ones_like(tokens).bool(), *MODELS, config)
+    state, _ = langevin.jump(state, starts(CHAINS, generator), *MODELS, config, generator)
+    assert torch.equal(state.logits.argmax(-1), state.tokens)
+    law = law_after(independence_kernel(LANDSCAPE, BETA), LANDSCAPE.logps, 1)
+    assert follows(LANDSCAPE.space.index(state.tokens), law, generator)
+
+
+def test_jumps_and_steps_in_turn_keep_the_tilted_law_of_logits(generator):
+    """Started at ρ* (tokens from it, logits given them), neither kind of move leads away; all of them accept some."""
+    config, law = LangevinConfig(beta=BETA, step_size=0.3), LANDSCAPE.tilted(BETA)
+    index = torch.multinomial(law.exp(), CHAINS, replacement=True, generator=generator)
+    tokens = LANDSCAPE.space.tokens(index)
+    logits = langevin.logits_at(tokens, torch.zeros(CHAINS, 3, 3), config.scale, generator)
+    state = langevin.init(logits, torch.ones_like(tokens).bool(), *MODELS, config)
+    before = state.logits.square().mean()
+    for step in range(6):
+        if step % 2:
+            state, info = langevin.jump(state, starts(CHAINS, generator), *MODELS, config, generator)
+        else:
+            state, info = langevin.step(state, *MODELS, config, generator)
+        assert 0.05 < float(info.accepted.double().mean()) < 1.0
+    assert follows(LANDSCAPE.space.index(state.tokens), law, generator)
+    assert float(state.logits.square().mean()) == pytest.approx(float(before), rel=0.02)
 
 
 def test_langevin_asks_the_models_only_where_a_token_flipped():

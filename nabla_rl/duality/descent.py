@@ -1,0 +1,70 @@
+"""DTO by itself as a decoder: a sample of the policy, moved down the energy for some steps, and no rollout after it.
+
+Its completions along the steps show what the straight-through gradient does to the reward that it climbs, and to
+what it does not see.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from nabla_rl import dto
+from nabla_rl.data.problems import Problem
+from nabla_rl.decoding.base import (
+    AbstractDecoder,
+    Candidate,
+    Decoded,
+    Sampling,
+    draw_rollouts,
+    prefill,
+    require_reward,
+)
+from nabla_rl.decoding.objective import Objective
+from nabla_rl.decoding.probing import start_at
+from nabla_rl.dto import DTOConfig
+from nabla_rl.ledger import Ledger
+from nabla_rl.models.policy import Policy
+from nabla_rl.rewards.base import AbstractReward
+
+
+@dataclass(frozen=True)
+class Descent(AbstractDecoder):
+    """DTO from a sample; the answer is the argmax of the last logits, up to the first end of sequence."""
+
+    config: DTOConfig = field(default_factory=DTOConfig)
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int = 0
+    name: str = "dto"
+
+    def decode(
+        self, problems: Sequence[Problem], policy: Policy, reward: AbstractReward | None, ledger: Ledger
+    ) -> list[Decoded]:
+        judge = require_reward(self.name, reward)
+        prefix = prefill(problems, policy, ledger, self.sampling.max_new_tokens)
+        drawn = draw_rollouts(problems, policy, prefix, self.sampling, n=1, seed=self.seed, keep_logits=True)
+        assert drawn.logits is not None
+        judged = judge.prefill([p.problem for p in problems], torch.arange(len(problems)), ledger)
+        objective = Objective(policy, judge, prefix, judged, drawn.mask, None, hard=True)
+        config = replace(self.config, relaxation="straight_through")
+        state = start_at(dto.init(drawn.logits, drawn.mask, config), drawn.ids)
+        with torch.enable_grad(), ledger.phase("dto"):
+            for _ in range(config.num_steps):
+                state, _ = dto.step(state, objective.log_probs, objective.rewards, config, donate=True)
+        ends = set(policy.get_buffer("eos_ids").tolist())
+        results = []
+        for problem, tokens, mask in zip(problems, state.tokens, drawn.mask, strict=True):
+            ids = cut_at_end(tokens[mask].tolist(), ends)
+            # nobody has asked for its likelihood or its reward
+            answer = Candidate(policy.decode(ids), tuple(ids), math.nan)
+            results.append(Decoded(problem.id, answer.text, answer.ids, ids[-1] in ends, answer.logps, None, [answer]))
+        return results
+
+
+def cut_at_end(ids: Sequence[int], ends: set[int]) -> list[int]:
+    """The tokens up to and including the first that ends a sequence."""
+    where = next((k for k, token in enumerate(ids) if token in ends), len(ids) - 1)
+    return list(ids[: where + 1])
