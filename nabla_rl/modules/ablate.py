@@ -23,7 +23,7 @@ from nabla_rl.types import UserError
 VARIANT = "variant"
 """The grid's name for the labels of `DecodeGrid.variants`."""
 
-StudyName = Literal["duality_exact", "decode"]
+StudyName = Literal["duality_exact", "decode", "distill"]
 Row = dict[str, Any]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from nabla_rl.modules.ablate import (
 )
 from nabla_rl.modules.ablate_page import claims_table, rows_table, to_csv, to_html
 from nabla_rl.modules.decode_cli import explain, given_configs, terminable, wide_console
+from nabla_rl.modules.distill_study import DistillGrid
 from nabla_rl.report.run_folder import RunFolder, write_atomically
 from nabla_rl.types import UserError
 
@@ -48,17 +50,21 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="a YAML of configs/ablate (default: duality_exact.yaml)")
     parser.add_argument(
-        "--study", type=StudyName, default="duality_exact", help="duality_exact, or decode: the decode command's grids"
+        "--study",
+        type=StudyName,
+        default="duality_exact",
+        help="duality_exact; decode or distill: grids of that command",
     )
     parser.add_argument("--grid", type=dict[str, Any], default={}, help="dotted names, each with a list of values")
     parser.add_argument(
-        "--fixed", type=dict[str, Any], default={}, help="of a decode study: options that all points share"
+        "--fixed", type=dict[str, Any], default={}, help="of decode and distill studies: options that all points share"
     )
     parser.add_argument(
         "--variants",
         type=dict[str, dict[str, Any]],
         default={},
-        help="of a decode study: label → dotted options, each held to the first one, in place of or within the grid",
+        help="of decode and distill studies: label → dotted options, each held to the first one, in place of or "
+        "within the grid",
     )
     parser.add_argument("--seeds", type=list[int], default=[0], help="every point is run with each; counted from seed")
     parser.add_argument("--seed", type=int, default=0, help="added to every one of seeds")
@@ -78,11 +84,12 @@ def main(arguments: list[str]) -> int:
         options = [option for action in parser._actions for option in action.option_strings]
         raise UserError(explain(str(error), options, files)) from error
     options: Any = parser.instantiate(config)
-    study: AbstractStudy = (
-        DualityExact(options.exact)
-        if options.study == "duality_exact"
-        else DecodeGrid(options.fixed, options.variants)
-    )
+    studies: dict[StudyName, Callable[[], AbstractStudy]] = {
+        "duality_exact": lambda: DualityExact(options.exact),
+        "decode": lambda: DecodeGrid(options.fixed, options.variants),
+        "distill": lambda: DistillGrid(options.fixed, options.variants),
+    }
+    study = studies[options.study]()
     if options.study == "duality_exact" and options.fixed:
         raise UserError("--fixed: expected none with duality_exact, found some. Use --exact.NAME VALUE.")
     points = build_points(whole_grid(options.grid, options.variants), [options.seed + seed for seed in options.seeds])
@@ -94,7 +101,7 @@ def main(arguments: list[str]) -> int:
         "variants": options.variants,
         "exact": asdict(options.exact),
     }
-    if options.study == "decode":
+    if options.study != "duality_exact":
         del decisive["exact"]
     run_folder = RunFolder(folder, decisive)
     console = wide_console()
