@@ -251,6 +251,13 @@ def test_bad_input_is_one_line(name, whole, models, tmp_path, capsys):
     assert not (tmp_path / "run" / "adapter").exists()
 
 
+def test_results_of_held_out_problems_are_refused(whole, models, tmp_path, capsys):
+    changes = {"data.results": f"[{whole / 'eval' / 'teacher'}]"}
+    assert cli.distill(options(models, tmp_path / "run", **changes)) == 2
+    assert "none of 4 left: the filter `contaminated` took 4" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "data" / "train.jsonl").exists()
+
+
 def test_another_configuration_leaves_the_folder_alone(whole, models, capsys):
     assert cli.distill(options(models, whole, model__training__learning_rate=0.5)) == 2
     assert "to hold this configuration" in capsys.readouterr().err
