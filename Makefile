@@ -42,7 +42,7 @@ bench: $(VENV)/.installed-test  ## run the files of benchmarks/, one after the o
 	  echo "== $$file"; $(OFFLINE) $(PYTHON) "$$file" $(ARGS) || exit 1; \
 	done
 
-MODELS := tiny-strong tiny-policy tiny-student gold-base reward-steps tiny-reward gold-steps tiny-gold tiny-taught
+MODELS := tiny-strong tiny-policy tiny-student gold-base reward-steps reward-answers tiny-reward gold-steps gold-answers tiny-gold tiny-taught
 
 models: $(VENV)/.installed  ## train the embedded tiny models of both families anew, then measure their cards (hours on two cores)
 	@for family in sorting words; do \

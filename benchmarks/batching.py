@@ -20,12 +20,14 @@ import torch  # noqa: E402
 from _common import parser, ratio, table, write_json  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
+from nabla_rl.data.problems import extract_line  # noqa: E402
 from nabla_rl.data.tiny import FAMILIES, generate  # noqa: E402
 from nabla_rl.decoding.base import Decoded, Sampling  # noqa: E402
-from nabla_rl.decoding.nabla import Nabla  # noqa: E402
 from nabla_rl.dto import DTOConfig  # noqa: E402
 from nabla_rl.ledger import Ledger  # noqa: E402
 from nabla_rl.models.loading import ASSETS, PolicyOptions, RewardOptions, load_classifier, load_policy  # noqa: E402
+from nabla_rl.modules.decoder_options import NablaOptions  # noqa: E402
+from nabla_rl.modules.decoding import Decoding  # noqa: E402
 from nabla_rl.rewards.sequence_classifier import SequenceClassifierReward  # noqa: E402
 
 GOAL = 3
@@ -51,7 +53,10 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--family", choices=sorted(FAMILIES), default="words")
     options.add_argument("--problems", type=int, default=64)
-    options.add_argument("--rollouts", type=int, default=8)
+    options.add_argument(
+        "--loop", choices=("edits", "published"), default="edits",
+        help="edits: what decode.py runs by default; published: one token after the other, by twenty steps of DTO",
+    )  # fmt: skip
     options.add_argument("--repetitions", type=int, default=3)
     options.add_argument("--wall", action="store_true", help="measure wall-clock time: for a machine of one's own")
     options.add_argument(
@@ -59,7 +64,7 @@ def main() -> None:
     )
     args = options.parse_args()
     if args.quick:
-        args.problems, args.rollouts, args.repetitions = 8, 2, 1
+        args.problems, args.repetitions = 8, 1
     args.family = choose_family(args.family)
     family, device = FAMILIES[args.family], torch.device("cpu")
     disable_progress_bar()
@@ -67,7 +72,9 @@ def main() -> None:
     reward = SequenceClassifierReward(*load_classifier(RewardOptions(), family=args.family, device=device))
     problems = list(itertools.islice(generate(family, "validation", 0), args.problems))
     sampling = Sampling(max_new_tokens=family.max_new_tokens)
-    decoder = Nabla(dto=DTOConfig(), max_rollouts=args.rollouts, sampling=sampling)
+    published = NablaOptions(loop="published", dto=DTOConfig(), sweeps=1, min_entropy=0.25)
+    nabla = NablaOptions() if args.loop == "edits" else published
+    decoder = Decoding(decoders=["nabla"], sampling=sampling, nabla=nabla).build_decoder("nabla", extract_line)
 
     def batched() -> list[Decoded]:
         return decoder.decode(problems, policy, reward, Ledger(len(problems)))
@@ -94,7 +101,7 @@ def main() -> None:
     )
     middle, low, high = ratio(times, "one at a time", "batched")
     print(
-        f"∇-Reasoner on {args.problems} problems of '{args.family}', at most {args.rollouts} rollouts each; "
+        f"∇-Reasoner ({args.loop}) on {args.problems} problems of '{args.family}'; "
         f"{torch.get_num_threads()} thread(s), {args.repetitions} repetitions, "
         f"{'wall' if args.wall else 'process'} time"
     )

@@ -25,7 +25,7 @@ from torch import Tensor
 from nabla_rl import functional as F
 from nabla_rl.types import LogProbsFn, Outcome, RewardFn, UserError
 
-CHUNK_CPU, CHUNK = 2**16, 2**25
+CHUNK_CPU, CHUNK = 2**18, 2**25
 """Logits that are updated at once, on a CPU (so that they stay in its cache) and elsewhere (few enough to be little
 beside the rest, enough to keep a GPU busy)."""
 
@@ -269,27 +269,30 @@ def _descend(
 
     Returns the new argmax (under `noise`) and whether a logit of the position moved as much as the tolerance.
     """
-    size, every = config.step_size_at(state.step), bool(active.all())
-    rule, settings = F.UPDATE_RULES[config.optimizer], {"betas": config.betas, "eps": config.eps}
-    kept, tokens, moved = 1.0 - size * config.weight_decay, state.tokens.clone(), torch.zeros_like(active)
-    given = [x.flatten(0, 1) for x in (logits, state.gradient, active, tokens, moved)]
-    optional = [None if x is None else x.flatten(0, 1) for x in (*moments, state.noise, noise)]
-    count = max(1, (CHUNK_CPU if logits.device.type == "cpu" else CHUNK) // logits.shape[-1])
-    for start in range(0, active.numel(), count):
-        z, gradient, here, tokens_here, moved_here = (x[start : start + count] for x in given)
-        first, second, old_noise, new_noise = (None if x is None else x[start : start + count] for x in optional)
-        if not every and noise is state.noise and not bool(here.any()):
-            continue  # padding, or rows at rest
-        update = F.straight_through_vjp(_perturb(z, old_noise), gradient, config.tau)
-        update = rule(update, first, second, step=state.step, step_size=size, **settings)
-        if every:
-            z.mul_(kept).add_(update)
-        else:
-            update.masked_fill_(~here[:, None], 0.0)
-            z.mul_(torch.ones_like(here, dtype=z.dtype).masked_fill_(here, kept)[:, None]).add_(update)
-        tokens_here.copy_(F.argmax(_perturb(z, new_noise)))
+    size, tokens, moved = config.step_size_at(state.step), state.tokens.clone(), torch.zeros_like(active)
+    rule = F.UPDATE_RULES[config.optimizer]
+    settings = {"step_size": size, "weight_decay": config.weight_decay, "betas": config.betas, "eps": config.eps}
+    big = [None if x is None else x.flatten(0, 1) for x in (logits, *moments, state.gradient, state.noise, noise)]
+    tokens_flat, moved_flat, places = tokens.flatten(), moved.flatten(), active.flatten().nonzero().squeeze(1)
+    every, width = len(places) == active.numel(), logits.shape[-1]
+    count = max(1, (CHUNK_CPU if logits.device.type == "cpu" else CHUNK) // width)
+    space = [logits.new_empty(min(count, len(places)), width) for _ in range(2)]
+    for start in range(0, len(places), count):
+        here = slice(start, start + count) if every else places[start : start + count]
+        z, first, second, gradient, old_noise, new_noise = (None if x is None else x[here] for x in big)
+        assert z is not None and gradient is not None
+        before = z.clone() if config.tolerance > 0 else z
+        gradient = F.straight_through_vjp(
+            _perturb(z, old_noise), gradient, config.tau, out=(space[0][: len(z)], space[1][: len(z)])
+        )
+        rule(z, gradient, first, second, step=state.step, **settings)
+        if not every:  # then these are copies
+            for whole, part in zip(big[:3], (z, first, second), strict=True):
+                if whole is not None and part is not None:
+                    whole[here] = part
+        tokens_flat[here] = F.follow_argmax(_perturb(z, new_noise), tokens_flat[here])
         if config.tolerance > 0:
-            moved_here.copy_((update.abs_() >= config.tolerance).any(dim=-1))
+            moved_flat[here] = ((z - before * (1.0 - size * config.weight_decay)).abs() >= config.tolerance).any(-1)
     return tokens, moved
 
 

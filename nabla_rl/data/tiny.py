@@ -14,6 +14,7 @@ split: no test operands ever occur in training.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -33,6 +34,7 @@ SUBTRACT = ("{who} gives away {n}.", "{who} loses {n}.", "{who} sells {n}.", "Th
 MULTIPLY = ("The number grows {n} times.", "{who} then has {n} times as many.")
 OPEN = ("{who} has {n} {items}.", "{who} starts with {n} {items}.")
 ASK = ("How many {items} does {who} have?", "How many {items} are there now?")
+STEP = re.compile(r"(\d+)([-+*])(\d+)=(\d+)")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -48,6 +50,8 @@ class Family:
     alphabet: tuple[str, ...]
     pattern: str
     max_new_tokens: int
+    slip: Callable[[Problem, random.Random], str] | None = None
+    """Draws a solution with a wrong step, after which the answer is right or wrong; None where no step can be."""
 
 
 def draw_word_problem(rng: random.Random, hard: bool = False) -> tuple[str, Problem]:
@@ -76,6 +80,52 @@ def draw_word_problem(rng: random.Random, hard: bool = False) -> tuple[str, Prob
     sentences.append(rng.choice(ASK).format(who=who, items=items))
     solution = "\n".join([*lines, f"\\boxed{{{value}}}"])
     return "".join(key), Problem("", " ".join(sentences), str(value), solution)
+
+
+def slip_word_solution(problem: Problem, rng: random.Random) -> str:
+    """The problem's solution with one wrong step (its result, its operand or what it starts from).
+
+    A third of them come back to the right value in the same line or, after a wrong result, in the next one, as an
+    early language model does; the others go on from what they wrote or from another wrong value.
+    """
+    true = [(int(a), o, int(n), int(b)) for a, o, n, b in STEP.findall(problem.solution or "")]
+    while True:
+        kind = rng.choice(("result", "operand", "start"))
+        at = rng.randrange(len(true) - (kind == "result"))
+        shown, value = list(true), true[at][3]
+        start, operation, n, _ = true[at]
+        if kind == "result":
+            wrong = _near(value, rng)
+            shown[at] = (start, operation, n, wrong)
+            at += 1
+            start, (_, operation, n, value) = wrong, true[at]
+        elif kind == "operand":
+            n = _near(n, rng)
+        else:
+            start = _near(start, rng)
+        value = rng.choice((value, _apply(start, operation, n), _near(value, rng)))
+        shown[at] = (start, operation, n, value)
+        for later in range(at + 1, len(true)):
+            _, operation, n, _ = true[later]
+            shown[later] = (value, operation, n, _apply(value, operation, n))
+            value = shown[later][3]
+        if all(1 <= step[3] <= MAX_VALUE for step in shown):
+            return "\n".join([*(f"{a}{o}{n}={b}" for a, o, n, b in shown), f"\\boxed{{{value}}}"])
+
+
+def _apply(value: int, operation: str, n: int) -> int:
+    return {"+": value + n, "-": value - n, "*": value * n}[operation]
+
+
+def _near(value: int, rng: random.Random) -> int:
+    """Another number of 1..99: a few more or less, or with another digit."""
+    digits = str(value)
+    while True:
+        place = rng.randrange(len(digits))
+        other = int(digits[:place] + rng.choice("0123456789") + digits[place + 1 :])
+        near = rng.choice((value + rng.choice((-10, -3, -2, -1, 1, 2, 3, 10)), other))
+        if near != value and 1 <= near <= MAX_VALUE:
+            return near
 
 
 def draw_sorting_problem(rng: random.Random, hard: bool = False) -> tuple[str, Problem]:
@@ -113,6 +163,7 @@ WORDS = Family(
     alphabet=tuple("0123456789+-*"),
     pattern=WORD_PATTERN,
     max_new_tokens=88,
+    slip=slip_word_solution,
 )
 SORTING = Family(
     "sorting",

@@ -32,6 +32,7 @@ from nabla_rl.functional.relaxation import (
     RELAXATIONS,
     Relaxation,
     argmax,
+    follow_argmax,
     gumbel_softmax,
     hard_tokens,
     one_hot,
@@ -43,7 +44,7 @@ from nabla_rl.functional.relaxation import (
 )
 from nabla_rl.functional.seeding import seeded_generator
 from nabla_rl.functional.support import build_support
-from nabla_rl.functional.update_rules import SCHEDULES, UPDATE_RULES, adamw_update_, cosine_decay, sgd_update_
+from nabla_rl.functional.update_rules import SCHEDULES, UPDATE_RULES, adamw_, cosine_decay, sgd_
 
 __all__ = [
     "IMPOSSIBLE_LOGP",
@@ -52,7 +53,7 @@ __all__ = [
     "SCHEDULES",
     "UPDATE_RULES",
     "Relaxation",
-    "adamw_update_",
+    "adamw_",
     "argmax",
     "build_completion_mask",
     "build_position_ids",
@@ -68,6 +69,7 @@ __all__ = [
     "forward_kl",
     "group_relative_advantages",
     "grpo_loss",
+    "follow_argmax",
     "gumbel_softmax",
     "hard_tokens",
     "kl_estimate",
@@ -87,7 +89,7 @@ __all__ = [
     "selective_log_softmax",
     "sequence_logps",
     "sft_loss",
-    "sgd_update_",
+    "sgd_",
     "soft",
     "soft_target_kl",
     "straight_through",

@@ -46,6 +46,26 @@ def argmax(logits: Float[Tensor, "*batch vocab"]) -> Int[Tensor, "*batch"]:
     return logits.detach().max(dim=-1).indices
 
 
+def follow_argmax(logits: Float[Tensor, "*batch vocab"], tokens: Int[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
+    """The argmax of each row, given what it was: the same token as long as no entry is larger.
+
+    Only rows in which one is are searched, as comparing with the maximum takes a third of the time of finding it.
+
+    Args:
+        logits: Shape ``(*batch, vocab)``.
+        tokens: The former argmax.
+
+    Returns:
+        Indices, int64, shape ``(*batch,)``.
+
+    Example:
+        >>> follow_argmax(torch.tensor([[0.1, 2.0, 2.0], [0.1, 2.0, 3.0]]), torch.tensor([2, 1]))
+        tensor([2, 2])
+    """
+    stays = logits.amax(dim=-1) <= logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return tokens if bool(stays.all()) else torch.where(stays, tokens, argmax(logits))
+
+
 def one_hot(index: Int[Tensor, "*batch"], like: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch vocab"]:
     """Vertices of the simplex, with the shape, dtype and device of ``like``.
 
@@ -191,7 +211,11 @@ def sample_gumbel(
 
 
 def straight_through_vjp(
-    logits: Float[Tensor, "*batch vocab"], grad: Float[Tensor, "*batch vocab"], tau: float = 1.0
+    logits: Float[Tensor, "*batch vocab"],
+    grad: Float[Tensor, "*batch vocab"],
+    tau: float = 1.0,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> Float[Tensor, "*batch vocab"]:
     r"""What reaches the logits of a gradient at the relaxed token: the vector-Jacobian product of the softmax.
 
@@ -205,6 +229,8 @@ def straight_through_vjp(
         logits: Shape ``(*batch, vocab)``.
         grad: Same shape.
         tau: Temperature, positive.
+        out: Two tensors like ``logits`` to work in; the second is the result. Fresh ones if None. A loop that hands
+            in the same pair saves the operating system's work on new memory.
 
     Returns:
         The gradient with respect to ``logits``; it sums to zero over the vocabulary.
@@ -216,9 +242,16 @@ def straight_through_vjp(
     References:
         https://arxiv.org/abs/2603.04948, Eq. 25.
     """
-    probs = soft(logits, tau)
+    if out is None:
+        probs = soft(logits, tau)
+        centred = probs * grad
+    else:
+        _check_tau(tau)
+        probs = torch.softmax(logits if tau == 1.0 else torch.div(logits, tau, out=out[1]), dim=-1, out=out[0])
+        centred = torch.mul(probs, grad, out=out[1])
     # The mean goes before the product, not after: gradients often share a large offset, which would cost digits.
-    centred = grad - (probs * grad).sum(dim=-1, keepdim=True)
+    mean = centred.sum(dim=-1, keepdim=True)
+    centred = grad - mean if out is None else torch.sub(grad, mean, out=centred)
     centred.mul_(probs)
     return centred if tau == 1.0 else centred.div_(tau)
 

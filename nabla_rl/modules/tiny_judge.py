@@ -39,6 +39,21 @@ def judge_from_language_model(model: LlamaForCausalLM, extra_layers: int) -> Lla
     return judge
 
 
+def with_fresh_layers(judge: LlamaForSequenceClassification, extra_layers: int) -> LlamaForSequenceClassification:
+    """The judge with `extra_layers` more blocks below its last norm that change nothing yet (their outputs are
+    zero)."""
+    if not extra_layers:
+        return judge
+    config = type(judge.config).from_dict(judge.config.to_dict())
+    config.num_hidden_layers += extra_layers
+    deeper = LlamaForSequenceClassification(config)
+    deeper.load_state_dict(judge.state_dict(), strict=False)
+    for layer in deeper.model.layers[-extra_layers:]:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    return deeper
+
+
 def process_labels(tokens: Sequence[int], right: Sequence[int]) -> list[int]:
     """For each token of a completion: 1 while it agrees with the right solution from its start, 0 from the first
     error on."""
@@ -66,6 +81,16 @@ def token_weights(labels: Tensor) -> Tensor:
     return weights.masked_fill(wrong & ~before, FIRST_ERROR).masked_fill(wrong & before, AFTER_ERROR)
 
 
+@torch.no_grad()
+def agreement(base: LlamaForCausalLM, input_ids: Tensor) -> Tensor:
+    """For each token, (batch, length): 1 if it is what the language model would have written there, else 0.
+
+    After an error it says whether the solution is at least consistent with it.
+    """
+    expected = base(input_ids=input_ids).logits.argmax(-1)[:, :-1]
+    return F.pad((expected == input_ids[:, 1:]).long(), (1, 0))
+
+
 def corrupt(tokens: Sequence[int], alphabet: Sequence[int], rng: random.Random) -> list[int]:
     """The solution with one token of `alphabet` replaced by another one of it: a hard negative."""
     places = [index for index, token in enumerate(tokens) if token in alphabet]
@@ -74,9 +99,8 @@ def corrupt(tokens: Sequence[int], alphabet: Sequence[int], rng: random.Random) 
     return [*tokens[:place], wrong, *tokens[place + 1 :]]
 
 
-FIRST_ERROR, AFTER_ERROR, ANSWER = 4.0, 0.1, 4.0
-"""Weights of the loss at the first wrong token of a completion, at those after it, and at the end where answers are
-judged."""
+FIRST_ERROR, AFTER_ERROR = 4.0, 0.1
+"""Weights of the loss at the first wrong token of a completion and at those after it."""
 
 REPLACED = 0.25
 """Share of tokens replaced in agreement batches."""
@@ -89,7 +113,8 @@ class JudgedBatches(IterableDataset):
     """Endless batches of labelled completions of fresh training problems; chunk k depends on (seed, k) alone.
 
     A quarter of a batch are right solutions, a quarter corrupted ones, half are samples of the policy at temperature
-    1.
+    1. Where answers are judged, half of the right and of the corrupted ones give way to solutions with a wrong step
+    that may or may not come back to the right answer (`Family.slip`): the policy's own samples have few of those.
 
     The first `agreement_steps` batches are something simpler: see `agreement`.
 
@@ -110,9 +135,11 @@ class JudgedBatches(IterableDataset):
         seed: int,
         start: int,
         agreement_steps: int,
-        judge_answers: bool = False,
+        answer_weight: float = 0.0,
+        slips: bool = False,
     ):
-        self.family, self.policy, self.base, self.judge_answers = family, policy, base, judge_answers
+        self.family, self.policy, self.base = family, policy, base
+        self.answer_weight, self.slip = answer_weight, family.slip if slips else None
         self.batch_size, self.seed, self.start, self.agreement_steps = batch_size, seed, start, agreement_steps
         vocabulary = policy.tokenizer.get_vocab()
         self.alphabet = [vocabulary[t] for t in family.alphabet]
@@ -141,9 +168,7 @@ class JudgedBatches(IterableDataset):
             noisy = [rng.choice(self.alphabet) if rng.random() < REPLACED else token for token in right]
             rows.append((self.policy.encode_prompt(problem.problem), noisy, [0] * len(noisy)))
         batch = self.collate(rows)
-        expected = self.base(input_ids=batch["input_ids"]).logits.argmax(-1)[:, :-1]
-        agrees = F.pad((expected == batch["input_ids"][:, 1:]).long(), (1, 0))
-        batch["labels"] = torch.where(batch["labels"] >= 0, agrees, batch["labels"])
+        batch["labels"] = torch.where(batch["labels"] >= 0, agreement(self.base, batch["input_ids"]), batch["labels"])
         return batch | {"weights": torch.ones_like(batch["labels"], dtype=torch.float32)}
 
     def draw(self, chunk: int) -> list[list[JudgedRow]]:
@@ -158,6 +183,11 @@ class JudgedBatches(IterableDataset):
         completions = sample_completions(self.policy, problems[:half], (self.seed, chunk), self.family.max_new_tokens)
         completions += [corrupt(right, self.alphabet, rng) for right in rights[half : half + quarter]]
         completions += rights[half + quarter :]
+        if self.slip is not None:
+            start, stop = half + quarter // 2, half + quarter + quarter // 2
+            slipped = [self.slip(problem, rng) for problem in problems[start:stop]]
+            ids = [[*tokenizer(text, add_special_tokens=False).input_ids, eos] for text in slipped]
+            completions = [*completions[:start], *ids, *completions[stop:]]
         rows = [
             (prompt, completion, self.label(completion, right))
             for prompt, completion, right in zip(prompts, completions, rights, strict=True)
@@ -174,7 +204,7 @@ class JudgedBatches(IterableDataset):
         Steps can go wrong and come back, and an outcome is about the answer.
         """
         labels = process_labels(completion, right)
-        if self.judge_answers and completion[-1] == right[-1]:
+        if self.answer_weight and completion[-1] == right[-1]:
             answer, wanted = (self.family.extract(self.policy.decode(ids)) for ids in (completion, right))
             labels[-1] = int(answer == wanted)
         return labels
@@ -187,9 +217,9 @@ class JudgedBatches(IterableDataset):
             ids[row, :end] = torch.tensor(prompt + completion)
             labels[row, len(prompt) : end] = torch.tensor(label)
         weights = token_weights(labels)
-        if self.judge_answers:
+        if self.answer_weight:
             ends = [len(prompt) + len(completion) - 1 for prompt, completion, _ in rows]
-            weights[torch.arange(len(rows)), torch.tensor(ends)] = ANSWER
+            weights[torch.arange(len(rows)), torch.tensor(ends)] = self.answer_weight
         return {"input_ids": ids, "labels": labels, "weights": weights}
 
 
@@ -221,11 +251,17 @@ class TinyJudge(L.LightningModule):
         max_steps: int = 1000,
         agreement_steps: int = 0,
         base_learning_rate: float = 2e-4,
-        judge_answers: bool = False,
+        answer_weight: float = 0.0,
+        slips: bool = False,
+        agreement_weight: float = 0.0,
         seed: int = 0,
     ):
         super().__init__()
-        self.judge_answers = judge_answers
+        self.answer_weight, self.slips, self.agreement_weight = answer_weight, slips, agreement_weight
+        # Reads what enters the last two layers, which can then count what it sees. Not kept with the judge.
+        width = model.config.hidden_size
+        self.agreement = torch.nn.Sequential(torch.nn.RMSNorm(width), torch.nn.Linear(width, 1))
+        self.agreement.requires_grad_(agreement_weight > 0)
         self.model, self.base, self.family = model, [base], family
         self.agreement_steps, self.base_learning_rate = agreement_steps, base_learning_rate
         self.policy = [policy]  # in a list: not a part of this module's weights
@@ -241,7 +277,8 @@ class TinyJudge(L.LightningModule):
             seed=self.seed,
             start=self.trainer.global_step,
             agreement_steps=self.agreement_steps,
-            judge_answers=self.judge_answers,
+            answer_weight=self.answer_weight,
+            slips=self.slips,
         )
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_index: int) -> None:
@@ -256,20 +293,25 @@ class TinyJudge(L.LightningModule):
         return [p for module in (self.model.model.embed_tokens, *layers) for p in module.parameters()]
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
-        hidden = self.model.model(input_ids=batch["input_ids"]).last_hidden_state
-        values = self.model.score(hidden).squeeze(-1).float()
+        read = self.model.model(input_ids=batch["input_ids"], output_hidden_states=self.agreement_weight > 0)
+        values = self.model.score(read.last_hidden_state).squeeze(-1).float()
         judged = batch["labels"] >= 0
         weights = batch["weights"][judged]
         losses = F.binary_cross_entropy_with_logits(values[judged], batch["labels"][judged].float(), reduction="none")
         loss = (weights * losses).sum() / weights.sum()
         self.log("loss", loss, prog_bar=True)
+        if self.agreement_weight:
+            agrees = self.agreement(read.hidden_states[-3]).squeeze(-1)
+            loss = loss + self.agreement_weight * F.binary_cross_entropy_with_logits(
+                agrees[judged], agreement(self.base[0], batch["input_ids"])[judged].float()
+            )
         self.log("accuracy", ((values > 0) == (batch["labels"] > 0))[judged].float().mean(), prog_bar=True)
         return loss
 
     def configure_optimizers(self):
         base = self.base_parameters()
         known = {id(parameter) for parameter in base}
-        fresh = [parameter for parameter in self.model.parameters() if id(parameter) not in known]
+        fresh = [parameter for parameter in self.parameters() if id(parameter) not in known]
         groups = [{"params": fresh, "lr": self.learning_rate}, {"params": base, "lr": self.base_learning_rate}]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -17,7 +17,7 @@ from nabla_rl.models.loading import ASSETS, PolicyOptions, RewardOptions, load_c
 from nabla_rl.models.prompts import special_id
 from nabla_rl.modules.tiny import TinyPretraining
 from nabla_rl.modules.tiny_card import write_card
-from nabla_rl.modules.tiny_judge import TinyJudge, judge_from_language_model
+from nabla_rl.modules.tiny_judge import TinyJudge, judge_from_language_model, with_fresh_layers
 from nabla_rl.modules.tiny_taught import TinyTaught
 from nabla_rl.rewards.sequence_classifier import SequenceClassifierReward
 from nabla_rl.types import UserError
@@ -46,15 +46,21 @@ class JudgeOptions:
     base: str = "tiny-strong"
     """The finished language model that it starts from: an embedded model or a folder."""
     extra_layers: int = 2
-    """Fresh blocks on top: a token can only be compared with its own prediction one layer after that is complete."""
+    """Fresh blocks on top: a token can only be compared with its own prediction one layer after that is complete. On
+    top of `start`, if there is one."""
     agreement_steps: int = 500
     """First steps, in which the fresh blocks alone learn whether a token is what the base would have written."""
     base_learning_rate: float = 2e-4
     """Peak step size of the base's weights after that; the fresh blocks have the model's learning_rate."""
     start: str | None = None
     """Judge to go on from, an embedded model or a folder; null: the base with fresh blocks."""
-    judge_answers: bool = False
-    """Label the end token by the answer, rather than by whether every step before it is right."""
+    answer_weight: float = 0.0
+    """Above 0: label the end token by the answer, not by whether every step before it is right, at this weight."""
+    agreement_weight: float = 0.0
+    """Weight of a second loss, two layers below the top: is each token what the base would have written? A judge that
+    is asked for more than the first error has to see the later ones."""
+    slips: bool = False
+    """Learn on solutions with a wrong step that may come back to the right answer, too."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +194,7 @@ def _judge(options: TrainTinyOptions) -> TinyJudge:
     else:
         judge, _ = load_classifier(RewardOptions(options.judge.start), family=options.family, device=cpu)
         assert isinstance(judge, LlamaForSequenceClassification)
+        judge = with_fresh_layers(judge, options.judge.extra_layers)
         judge.requires_grad_(True)
     return TinyJudge(
         judge,
@@ -196,7 +203,9 @@ def _judge(options: TrainTinyOptions) -> TinyJudge:
         FAMILIES[options.family],
         agreement_steps=options.judge.agreement_steps,
         base_learning_rate=options.judge.base_learning_rate,
-        judge_answers=options.judge.judge_answers,
+        answer_weight=options.judge.answer_weight,
+        slips=options.judge.slips,
+        agreement_weight=options.judge.agreement_weight,
         **_schedule(options),
     )
 

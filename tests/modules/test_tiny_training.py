@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from itertools import islice
 
 import lightning as L
@@ -10,24 +11,24 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nabla_rl.data.tiny import SORTING, WORDS, build_tokenizer
+from nabla_rl.data.tiny import SORTING, STEP, WORDS, Family, build_tokenizer, generate, slip_word_solution
 from nabla_rl.models.policy import Policy
 from nabla_rl.modules.tiny import SolutionBatches, TinyPretraining, warmup_stable_decay
 from nabla_rl.modules.tiny_judge import (
     AFTER_ERROR,
-    ANSWER,
     FIRST_ERROR,
     JudgedBatches,
     TinyJudge,
     judge_from_language_model,
     process_labels,
     token_weights,
+    with_fresh_layers,
 )
 
 
-def language_model() -> LlamaForCausalLM:
+def language_model(family: Family = SORTING) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    tokenizer = build_tokenizer(SORTING)
+    tokenizer = build_tokenizer(family)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -36,7 +37,7 @@ def language_model() -> LlamaForCausalLM:
             num_hidden_layers=1,
             num_attention_heads=2,
             num_key_value_heads=2,
-            max_position_embeddings=64,
+            max_position_embeddings=256,
             tie_word_embeddings=True,
             pad_token_id=0,
             bos_token_id=1,
@@ -46,13 +47,14 @@ def language_model() -> LlamaForCausalLM:
     )
 
 
-def judge(max_steps: int) -> TinyJudge:
+def judge(max_steps: int, *, extra_layers: int = 0, agreement_steps: int = 2, **options) -> TinyJudge:
     model, tokenizer = language_model(), build_tokenizer(SORTING)
     torch.manual_seed(1)
-    fresh = judge_from_language_model(model, 1)
+    fresh = with_fresh_layers(judge_from_language_model(model, 1), extra_layers)
     return TinyJudge(
-        fresh, model, Policy(model, tokenizer), SORTING, batch_size=4, max_steps=max_steps, agreement_steps=2
-    )
+        fresh, model, Policy(model, tokenizer), SORTING, batch_size=4, max_steps=max_steps,
+        agreement_steps=agreement_steps, **options,
+    )  # fmt: skip
 
 
 def pretraining(max_steps: int) -> TinyPretraining:
@@ -105,15 +107,62 @@ def test_where_answers_are_judged_the_end_token_is_about_the_answer():
     right = [*tokenizer("9-2=7\n7-1=6\n\\boxed{6}", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     back = [*tokenizer("9-2=5\n5-1=6\n\\boxed{6}", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     wrong = [*tokenizer("9-2=5\n5-1=4\n\\boxed{4}", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-    for judge_answers, at_the_end in ((False, 0), (True, 1)):
+    for answer_weight, at_the_end in ((0.0, 0), (4.0, 1)):
         batches = JudgedBatches(
             WORDS, Policy(model, tokenizer), model, batch_size=4, seed=0, start=0, agreement_steps=0,
-            judge_answers=judge_answers,
+            answer_weight=answer_weight,
         )  # fmt: skip
         assert batches.label(back, right) == [1] * 4 + [0] * (len(back) - 5) + [at_the_end]
         assert batches.label(wrong, right)[-1] == 0 and batches.label(right, right)[-1] == 1
         batch = batches.collate([([1, 2], back, batches.label(back, right))])
-        assert batch["weights"][0, -1] == (ANSWER if judge_answers else AFTER_ERROR)
+        assert batch["weights"][0, -1] == (answer_weight or AFTER_ERROR)
+
+
+def test_slips_have_a_wrong_step_and_some_come_back():
+    """Every slip differs from the solution, stays among the numbers of the family, and about a third end right."""
+    problems, rng, back = generate(WORDS, "train", 0), random.Random(0), 0
+    for problem in islice(problems, 300):
+        slipped = slip_word_solution(problem, rng)
+        lines = [STEP.fullmatch(line) for line in slipped.split("\n")[:-1]]
+        assert slipped != problem.solution and all(line is not None and int(line[4]) <= 99 for line in lines)
+        back += WORDS.extract(slipped) == problem.answer
+    assert 80 < back < 140
+
+
+def test_where_slips_are_learnt_from_they_take_the_place_of_right_and_corrupted_solutions():
+    model, tokenizer = language_model(WORDS), build_tokenizer(WORDS)
+    rows = {}
+    for slips in (False, True):
+        batches = JudgedBatches(
+            WORDS, Policy(model, tokenizer), model, batch_size=2, seed=0, start=0, agreement_steps=0,
+            answer_weight=4.0, slips=slips,
+        )  # fmt: skip
+        batches.CHUNK = 8
+        rows[slips] = {tuple(completion) for batch in batches.draw(0) for _, completion, _ in batch}
+    # 16 problems: 8 samples, 4 corrupted, 4 right; the 4 in the middle of those 8 slip
+    assert len(rows[False] & rows[True]) == 12
+
+
+def test_fresh_layers_on_a_judge_change_nothing_yet():
+    module = judge(1)
+    ids = torch.arange(4, 10)[None]
+    deeper = with_fresh_layers(module.model, 2).eval()
+    assert deeper.config.num_hidden_layers == module.model.config.num_hidden_layers + 2
+    torch.testing.assert_close(deeper(input_ids=ids).logits, module.model.eval()(input_ids=ids).logits)
+
+
+def test_the_agreement_head_learns_and_is_not_kept():
+    """Its loss moves the layers below it, and a saved judge does not have it."""
+    weights = {}
+    for weight in (0.0, 1.0):
+        module = judge(2, extra_layers=2, agreement_steps=0, agreement_weight=weight)
+        before = [p.clone() for p in module.agreement.parameters()]
+        trainer(2).fit(module)
+        moved = any(not torch.equal(p, q) for p, q in zip(before, module.agreement.parameters(), strict=True))
+        assert moved == (weight > 0)
+        weights[weight] = module.model.model.layers[0].mlp.up_proj.weight
+    assert not torch.equal(weights[0.0], weights[1.0])
+    assert not any("agreement" in name for name in module.model.state_dict())
 
 
 def test_schedule_warms_up_holds_and_falls_to_zero():
