@@ -118,7 +118,7 @@ class DistillGrid(AbstractStudy):
             "model.policy.name": options.get("model.policy.name", "tiny-policy"),
             "model.policy.adapter": str(run_dir / "adapter"),
             "model.sampling.max_new_tokens": options["model.rl.max_completion_length"],
-            "model.decoders": ["greedy"], "model.gold.name": None,
+            "model.decoders": ["greedy"], "model.gold.name": None, "data.batch_size": 64,
         }  # fmt: skip
         answering |= {name: options[name] for name in ("model.reward.name",) if name in options}
         run_command(decode_cli.main, answering, point.seed, run_dir / "eval" / "student")
