@@ -237,8 +237,8 @@ def render(figures: dict, folder: Path) -> str:
         + "/<model>.yaml`; weights in float16, "
         "run in float32. tiny-policy is an early checkpoint of the run that made tiny-strong, on purpose, so "
         "that it errs. tiny-reward is "
-        "tiny-strong with two fresh layers, trained to say at every token whether the solution is right so "
-        "far; tiny-gold is a second "
+        "tiny-strong with fresh layers on top, trained to say at every token whether the solution is right so "
+        "far, and at the end whether the answer is; tiny-gold is a second "
         "judge from another language model of another seed, which no decoder sees.",
         "",
         f"Figures on {figures['problems']} test problems, made by `{figures['command']}` on commit "
