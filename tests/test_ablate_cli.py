@@ -6,14 +6,20 @@ import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from nabla_rl import cli
-from nabla_rl.modules import ablate, ablate_cli
+from nabla_rl.modules import ablate, ablate_cli, align_cli, distill_cli
 from nabla_rl.modules.ablate import DecodeGrid, DualityExact, Point, build_points
 from nabla_rl.modules.ablate_measured import Measured
+from nabla_rl.modules.align_data import AlignmentData
+from nabla_rl.modules.aligner import PolicyAligner
+from nabla_rl.modules.distill_data import DistillationData
+from nabla_rl.modules.distill_study import DistillGrid
+from nabla_rl.modules.distiller import PolicyDistiller
 from nabla_rl.types import UserError
 from tests import toys_cli
 from tests.test_configs import parse
@@ -141,7 +147,9 @@ def test_bad_input_is_one_line_and_exit_code_two(tmp_path, capsys):
         assert error.count("\n") == 1 and error.startswith("error: ")
         return error
 
-    assert "expected one of duality_exact, decode, measured, found 'magic'" in complaint([*good, "--study", "magic"])
+    assert "expected one of duality_exact, decode, distill, measured, found 'magic'" in complaint(
+        [*good, "--study", "magic"]
+    )
     assert "--exact.chainz: expected an option" in complaint([*good, "--exact.chainz", "3"])
     assert "settings.chains: expected a larger number, found 1" in complaint([*good, "--exact.chains", "1"])
     assert "expected a YAML file" in complaint(["--config", str(tmp_path / "none.yaml")])
@@ -181,6 +189,25 @@ def test_a_folder_of_another_study_is_refused(tmp_path, monkeypatch, capsys):
     assert lines(tmp_path)[-1]["id"].endswith("seed=7")
 
 
+def parse_training(command: str, options: dict[str, Any]) -> Any:
+    """The options of a training command as it reads them; nothing is built."""
+    kind, module, data = {
+        "distill": (distill_cli.DistillCLI, PolicyDistiller, DistillationData),
+        "align": (align_cli.AlignCLI, PolicyAligner, AlignmentData),
+    }[command]
+
+    class ParsedOnly(kind):
+        def instantiate_classes(self) -> None:
+            pass
+
+    words = [(f"--{name}", value if isinstance(value, str) else json.dumps(value)) for name, value in options.items()]
+    return ParsedOnly(
+        module, data, run=False, args=[word for pair in words for word in pair], seed_everything_default=False,
+        save_config_callback=None, auto_configure_optimizers=False,
+        parser_kwargs={"exit_on_error": False},
+    ).config  # fmt: skip
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_every_yaml_is_a_study_that_can_run(file):
     options = ablate_cli.build_parser().parse_args(["--config", str(file)])
@@ -191,6 +218,12 @@ def test_every_yaml_is_a_study_that_can_run(file):
         DualityExact().check(points)
         return
     study = ablate_cli.build_study(options)
+    if isinstance(study, DistillGrid):
+        study.check(points)
+        for label, variant in variants.items():
+            parsed = parse_training(variant.get("command", "distill"), study.options(label))
+            assert parsed.data.eval_split in ("validation", "test") and parsed.data.family in ("sorting", "words")
+        return
     study.check(points)
     if isinstance(study, Measured):
         for label in variants:

@@ -155,6 +155,21 @@ def test_killed_at_every_stage_and_continued_is_unbroken_bit_for_bit(whole, mode
         assert summary_of(run_dir)[name] == summary_of(whole)[name]
 
 
+def test_killed_while_it_measures_it_neither_learns_nor_answers_again(whole, models, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    (run_dir / "summary.json").unlink()
+    file = run_dir / "eval" / "student" / "results.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:2]) + lines[2][:50])
+    assert cli.distill(options(models, run_dir)) == 0
+    assert file.read_text().splitlines(keepends=True)[:2] == lines[:2]
+    assert all(torch.equal(weight, adapter(whole)[name]) for name, weight in adapter(run_dir).items())
+    assert (run_dir / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    for name in ("amortisation", "comparisons"):
+        assert summary_of(run_dir)[name] == summary_of(whole)[name]
+
+
 def test_two_processes_learn_as_one_with_the_same_global_batch(whole, models, tmp_path):
     run_dir = tmp_path / "run"
     changes = {
@@ -184,6 +199,18 @@ def test_a_lighter_student_is_measured_before_and_after(whole, models, tmp_path)
     assert cli.distill(options(models, tmp_path / "run", **changes)) == 0
     figures = summary_of(tmp_path / "run")["figures"]
     assert figures["before"]["flops"] < figures["teacher_greedy"]["flops"]
+
+
+def test_mixed_precision_and_accumulation_from_the_command_line(whole, models, tmp_path):
+    changes = {
+        "trainer.precision": "bf16-mixed", "model.training.gradient_accumulation_steps": 2,
+        "model.training.per_device_train_batch_size": 4, "data.results": f"[{whole / 'data' / 'decode'}]",
+    }  # fmt: skip
+    assert cli.distill(options(models, tmp_path / "run", **changes)) == 0
+    ours, theirs = adapter(tmp_path / "run"), adapter(whole)
+    assert {weight.dtype for weight in ours.values()} == {torch.float32}
+    # the same rows in every step, in halves: AdamW's steps differ where a small gradient's sign does
+    assert sum((ours[name] - theirs[name]).norm() for name in ours) < 0.3 * sum(w.norm() for w in theirs.values())
 
 
 @pytest.mark.parametrize("method", ["sft", "preference"])
@@ -222,6 +249,13 @@ def test_bad_input_is_one_line(name, whole, models, tmp_path, capsys):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and said in error, error
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_results_of_held_out_problems_are_refused(whole, models, tmp_path, capsys):
+    changes = {"data.results": f"[{whole / 'eval' / 'teacher'}]"}
+    assert cli.distill(options(models, tmp_path / "run", **changes)) == 2
+    assert "none of 4 left: the filter `contaminated` took 4" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "data" / "train.jsonl").exists()
 
 
 def test_another_configuration_leaves_the_folder_alone(whole, models, capsys):

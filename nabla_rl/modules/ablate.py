@@ -26,7 +26,7 @@ from nabla_rl.types import UserError
 VARIANT = "variant"
 """The grid's name for the labels of `DecodeGrid.variants`."""
 
-StudyName = Literal["duality_exact", "decode", "measured"]
+StudyName = Literal["duality_exact", "decode", "distill", "measured"]
 Row = dict[str, Any]
 
 

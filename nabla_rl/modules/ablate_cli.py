@@ -27,6 +27,7 @@ from nabla_rl.modules.ablate import (
 from nabla_rl.modules.ablate_measured import Measured
 from nabla_rl.modules.ablate_page import claims_table, rows_table, to_csv, to_html
 from nabla_rl.modules.decode_cli import explain, given_configs, terminable, wide_console
+from nabla_rl.modules.distill_study import DistillGrid
 from nabla_rl.report.run_folder import RunFolder, write_atomically
 from nabla_rl.types import UserError
 
@@ -52,18 +53,18 @@ def build_parser() -> ArgumentParser:
         "--study",
         type=StudyName,
         default="duality_exact",
-        help="duality_exact; decode: the decode command's grids; measured: laws of completions on samples",
+        help="duality_exact; decode or distill: grids of that command; measured: laws of completions on samples",
     )
     parser.add_argument("--grid", type=dict[str, Any], default={}, help="dotted names, each with a list of values")
     parser.add_argument(
-        "--fixed", type=dict[str, Any], default={}, help="of a decode study: options that all points share"
+        "--fixed", type=dict[str, Any], default={}, help="of decode and distill studies: options that all points share"
     )
     parser.add_argument(
         "--variants",
         type=dict[str, dict[str, Any]],
         default={},
-        help="of a decode study: label → dotted options, each held to the first one, in place of or within the grid; "
-        "of a measured one: label → the law's curve, beta, decoder, adapter, samples, options, …",
+        help="of decode and distill studies: label → dotted options, each held to the first one, in place of or "
+        "within the grid; of a measured one: label → the law's curve, beta, decoder, adapter, samples, options, …",
     )
     parser.add_argument(
         "--adapters",
@@ -121,7 +122,8 @@ def build_study(options: Any) -> AbstractStudy:
         return Measured(
             options.fixed, options.variants, options.adapters, options.pairs, adapters_dir=Path(options.adapters_dir)
         )
-    return DecodeGrid(options.fixed, options.variants)
+    grid = DistillGrid if options.study == "distill" else DecodeGrid
+    return grid(options.fixed, options.variants)
 
 
 def decisive_options(options: Any) -> dict[str, Any]:

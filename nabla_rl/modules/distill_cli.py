@@ -42,6 +42,8 @@ from nabla_rl.rewards.base import check_shared_vocabulary
 from nabla_rl.types import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "distill"
+HELD_OUT = ("family", "path", "eval_path", "eval_split", "eval_limit", "problem_seed", "answers", "skip_bad")
+"""Options of the data that decide which problems are held out."""
 DESCRIPTION = """Carry what decoding found into lighter weights: decode training problems with a teacher, and train a
 LoRA adapter of a student on the answers. Without options: the embedded tiny models, offline, in minutes. Options come
 from YAML files (--config) and from the command line, which wins. The same command goes on with a run that was
@@ -227,7 +229,10 @@ class Distillation:
         policy: Policy | None = None,
     ) -> list[Row]:
         """The results of some problems in a folder of their own: those that are there are not decoded again."""
-        run = RunFolder(folder, {"teacher": self.config["teacher"], "data": self.config["data"]})
+        data = self.config["data"]
+        if problems is self.data.held_out:
+            data = {name: data[name] for name in HELD_OUT}
+        run = RunFolder(folder, {"teacher": self.config["teacher"], "data": data})
         names = module.decoder_names
         ids = [problem.id for problem in problems]
         if not any(run.missing(ids, name) for name in names):
