@@ -92,7 +92,10 @@ def test_relative_links_resolve(page):
 
 @cache
 def known_options() -> frozenset[str]:
-    """The options of `decode`, `align` and `distill`, as the real parsers have them."""
+    """The options of `decode`, `align` and `distill`, as the real parsers have them, and of `train_tiny`, whose
+    optional groups are no actions of their own."""
+    from dataclasses import fields
+
     from nabla_rl.data.module import ProblemData
     from nabla_rl.modules.align_cli import AlignCLI
     from nabla_rl.modules.align_data import AlignmentData
@@ -102,6 +105,7 @@ def known_options() -> frozenset[str]:
     from nabla_rl.modules.distill_cli import DistillCLI
     from nabla_rl.modules.distill_data import DistillationData
     from nabla_rl.modules.distiller import PolicyDistiller
+    from nabla_rl.modules.train_tiny_cli import JudgeOptions, TaughtOptions, TrainTinyOptions
 
     taken: list[str] = []
 
@@ -142,6 +146,9 @@ def known_options() -> frozenset[str]:
             save_config_callback=None,
             auto_configure_optimizers=False,
         )
+    taken += [f"--model.{field.name}" for field in fields(TrainTinyOptions)]
+    for group, options in (("judge", JudgeOptions), ("taught", TaughtOptions)):
+        taken += [f"--model.{group}.{field.name}" for field in fields(options)]
     return frozenset(taken)
 
 
