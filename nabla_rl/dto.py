@@ -283,8 +283,9 @@ def _descend(
         assert z is not None and gradient is not None
         before = z.clone() if config.tolerance > 0 else z
         gradient = F.straight_through_vjp(
-            _perturb(z, old_noise), gradient, config.tau, out=(space[0][: len(z)], space[1][: len(z)])
-        )
+            _perturb(z, old_noise), gradient, config.tau, likeliest=state.tokens.flatten()[here],
+            out=(space[0][: len(z)], space[1][: len(z)]),
+        )  # fmt: skip
         rule(z, gradient, first, second, step=state.step, **settings)
         if not every:  # then these are copies
             for whole, part in zip(big[:3], (z, first, second), strict=True):

@@ -231,6 +231,7 @@ def straight_through_vjp(
     grad: Float[Tensor, "*batch vocab"],
     tau: float = 1.0,
     *,
+    likeliest: Int[Tensor, "*batch"] | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> Float[Tensor, "*batch vocab"]:
     r"""What reaches the logits of a gradient at the relaxed token: the vector-Jacobian product of the softmax.
@@ -245,6 +246,9 @@ def straight_through_vjp(
         logits: Shape ``(*batch, vocab)``.
         grad: Same shape.
         tau: Temperature, positive.
+        likeliest: The largest entry of each row of ``logits``, where it is known. Its gradient is taken off first, so
+            that the sum is over the other tokens alone and keeps its digits (and its sign, which is all that Adam's
+            first step reads) where this one has nearly all the probability.
         out: Two tensors like ``logits`` to work in; the second is the result. Fresh ones if None. A loop that hands
             in the same pair saves the operating system's work on new memory.
 
@@ -258,17 +262,17 @@ def straight_through_vjp(
     References:
         https://arxiv.org/abs/2603.04948, Eq. 25.
     """
+    # What is subtracted goes before the product: gradients often share a large offset, which would cost digits.
+    offset = 0.0 if likeliest is None else grad.gather(-1, likeliest.unsqueeze(-1))
     if out is None:
         probs = soft(logits, tau)
-        centred = probs * grad
-    else:
-        _check_tau(tau)
-        probs = torch.softmax(logits if tau == 1.0 else torch.div(logits, tau, out=out[1]), dim=-1, out=out[0])
-        centred = torch.mul(probs, grad, out=out[1])
-    # The mean goes before the product, not after: gradients often share a large offset, which would cost digits.
-    mean = centred.sum(dim=-1, keepdim=True)
-    centred = grad - mean if out is None else torch.sub(grad, mean, out=centred)
-    centred.mul_(probs)
+        centred = grad - offset
+        centred = centred - (probs * centred).sum(dim=-1, keepdim=True)
+        return probs * centred / tau
+    _check_tau(tau)
+    probs = torch.softmax(logits if tau == 1.0 else torch.div(logits, tau, out=out[1]), dim=-1, out=out[0])
+    centred = torch.sub(grad, offset, out=out[1])
+    centred.sub_((probs * centred).sum(dim=-1, keepdim=True)).mul_(probs)
     return centred if tau == 1.0 else centred.div_(tau)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -67,6 +68,12 @@ def decode(
     return decoder.decode(problems, policy or toys.policy(), reward or toys.reward(), ledger), ledger
 
 
+@cache
+def double_models() -> tuple[Policy, SequenceClassifierReward]:
+    policy = Policy(toys.build_llama(eos_token_id=[2, 9, 17]).double(), toys.tokenizer())
+    return policy, SequenceClassifierReward(toys.build_classifier().double(), toys.tokenizer())
+
+
 def assert_same(found: Decoded, expected: Decoded) -> None:
     """The same decisions exactly, the same figures to float tolerance."""
     assert (found.problem_id, found.text, found.ids) == (expected.problem_id, expected.text, expected.ids)
@@ -90,14 +97,19 @@ def assert_same(found: Decoded, expected: Decoded) -> None:
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_results_do_not_depend_on_the_batch(name: str):
-    """The same seed gives the same decisions and costs for 16 problems at once, shuffled, in threes and alone."""
+    """The same seed gives the same decisions and costs for 16 problems at once, shuffled, in threes and alone.
+
+    In float64: which kernel multiplies a matrix depends on the batch and the machine, and of the thousands of draws
+    here some uniform number lies within float32's rounding of a boundary between two tokens, now and then.
+    """
     problems = toys.problems(16)
-    whole, ledger = decode(DECODERS[name], problems)
+    models = double_models()
+    whole, ledger = decode(DECODERS[name], problems, *models)
     assert len({len(r.ids) for r in whole}) > 2
     order = torch.randperm(16).tolist()
     batches = [order, [0, 1, 2], [7, 3, 5], *([i] for i in range(5))]
     for batch in batches:
-        part, costs = decode(DECODERS[name], [problems[i] for i in batch])
+        part, costs = decode(DECODERS[name], [problems[i] for i in batch], *models)
         for row, i in enumerate(batch):
             assert_same(part[row], whole[i])
             for model in ("policy", "reward"):
