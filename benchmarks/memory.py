@@ -33,8 +33,9 @@ from _common import build_objective, parser, policy_and_reward, random_ids, tabl
 from nabla_rl import dto  # noqa: E402
 from nabla_rl.data.problems import Problem  # noqa: E402
 from nabla_rl.decoding.base import Sampling  # noqa: E402
-from nabla_rl.decoding.nabla import GRADIENT_CANDIDATES, Nabla  # noqa: E402
+from nabla_rl.decoding.nabla import Nabla  # noqa: E402
 from nabla_rl.decoding.objective import choose_support, gradient_candidates  # noqa: E402
+from nabla_rl.decoding.probing import GRADIENT_CANDIDATES  # noqa: E402
 from nabla_rl.dto import DTOConfig  # noqa: E402
 from nabla_rl.ledger import Ledger  # noqa: E402
 
