@@ -72,6 +72,25 @@ def test_exact_study_writes_verdicts_tables_figures_and_a_page(tmp_path, capsys)
     )
 
 
+def test_the_command_line_changes_single_options_of_grid_and_fixed(tmp_path):
+    file = write(
+        tmp_path, study="decode", grid={"model.beta": [1.0, 2.0]}, fixed={"data.limit": 9, "data.split": "test"}
+    )
+    given = [
+        "--config",
+        str(file),
+        "--fixed.data.limit",
+        "3",
+        "--fixed.model.policy.name",
+        "a",
+        "--grid.model.beta",
+        "[5]",
+    ]
+    config = ablate_cli.build_parser().parse_args(given)
+    assert ablate_cli.dotted(config.fixed) == {"data.limit": 3, "data.split": "test", "model.policy.name": "a"}
+    assert ablate_cli.dotted(config.grid) == {"model.beta": [5]}
+
+
 def stub_report(self, rows: Sequence[dict], folder: Path) -> ablate.Report:
     return ablate.Report(list(rows))
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from rich.console import Console
 
@@ -55,9 +57,17 @@ def build_parser() -> ArgumentParser:
         default="duality_exact",
         help="duality_exact; decode or distill: grids of that command; measured: laws of completions on samples",
     )
-    parser.add_argument("--grid", type=dict[str, Any], default={}, help="dotted names, each with a list of values")
     parser.add_argument(
-        "--fixed", type=dict[str, Any], default={}, help="of decode and distill studies: options that all points share"
+        "--grid",
+        type=dict[str, Any],
+        default={},
+        help="dotted names, each with a list of values; another one: --grid.model.beta [0.3, 1.0]",
+    )
+    parser.add_argument(
+        "--fixed",
+        type=dict[str, Any],
+        default={},
+        help="options that all points share; another one: --fixed.data.limit 50",
     )
     parser.add_argument(
         "--variants",
@@ -96,6 +106,7 @@ def main(arguments: list[str]) -> int:
         options = [option for action in parser._actions for option in action.option_strings]
         raise UserError(explain(str(error), options, files)) from error
     options: Any = parser.instantiate(config)
+    options.grid, options.fixed = dotted(options.grid), dotted(options.fixed)
     study = build_study(options)
     points = build_points(whole_grid(options.grid, options.variants), [options.seed + seed for seed in options.seeds])
     study.check(points)
@@ -124,6 +135,19 @@ def build_study(options: Any) -> AbstractStudy:
         )
     grid = DistillGrid if options.study == "distill" else DecodeGrid
     return grid(options.fixed, options.variants)
+
+
+def dotted(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested names joined by dots, the last of a name winning: files have dotted names, `--fixed.data.limit 5` arrives
+    as {"data": {"limit": "5"}}, its value a text that is YAML."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, Mapping) and value:
+            read = {inner: yaml.safe_load(held) if isinstance(held, str) else held for inner, held in value.items()}
+            flat |= {f"{name}.{inner}": held for inner, held in dotted(read).items()}
+        else:
+            flat[name] = value
+    return flat
 
 
 def decisive_options(options: Any) -> dict[str, Any]:
