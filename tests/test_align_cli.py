@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from nabla_rl import cli
 from nabla_rl.modules.align_cli import CONFIGS, AlignCLI, run_config
 from nabla_rl.modules.align_data import AlignmentData
+from nabla_rl.modules.align_trl import Report
 from nabla_rl.modules.aligner import PolicyAligner
 from nabla_rl.report.run_folder import flatten
 from nabla_rl.types import UserError
@@ -103,7 +104,10 @@ def test_the_summary_has_before_and_after(whole):
     assert summary["before"]["kl"] < 1e-6 < summary["after"]["kl"]
     assert summary["flops"] > 0 and summary["seconds"] > 0
     card = (whole / "adapter" / "README.md").read_text()
-    for said in ("library_name: peft", "| β | 1.0", "| KL reached |", "rloo", "peft 0", "| accuracy |"):
+    for said in (
+        "library_name: peft", "| data | the tiny world's sorting problems", "| reward | judge; judge ", "| β | 1.0",
+        "| KL reached |", "rloo", "peft 0", "| accuracy |",
+    ):  # fmt: skip
         assert said in card, said
 
 
@@ -134,7 +138,10 @@ def test_killed_and_continued_is_unbroken_bit_for_bit(whole, models, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (run_dir / "summary.json").exists()
-    assert cli.align(options(models, run_dir)) == 0
+    done = start(options(models, run_dir))
+    shown, errors = done.communicate(timeout=240)
+    assert done.returncode == 0, errors
+    assert "training" in shown and "6/6" in shown  # the bar is of the whole run
     ours, theirs = adapter(run_dir), adapter(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert [line["step"] for line in metrics(run_dir)] == [1, 2, 3, 4, 5, 6]
@@ -173,6 +180,30 @@ def adapter_names(models: Path, tmp_path: Path) -> set[str]:
 
     policy = load_policy(PolicyOptions(str(models / "policy")), family="sorting", device=torch.device("cpu"))
     return set(attach_adapter(policy, LoraOptions(r=4)).state())
+
+
+def test_trls_engine_interrupted_and_continued_is_unbroken_bit_for_bit(models, tmp_path, monkeypatch, capsys):
+    whole, run_dir = tmp_path / "whole", tmp_path / "run"
+    assert cli.align([*options(models, whole), "--engine", "trl"]) == 0
+    step_end = Report.on_step_end
+
+    def interrupted(self, args, state, control, **more):
+        step_end(self, args, state, control, **more)
+        if state.global_step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Report, "on_step_end", interrupted)
+        assert cli.align([*options(models, run_dir), "--engine", "trl"]) == 130
+    assert "interrupted" in capsys.readouterr().err and not (run_dir / "summary.json").exists()
+    torch.manual_seed(99)
+    assert cli.align([*options(models, run_dir), "--engine", "trl"]) == 0
+    ours, theirs = adapter(run_dir), adapter(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert [line["step"] for line in metrics(run_dir)] == [1, 2, 3, 4, 5, 6]
+    for name in ("num_tokens", "flops"):
+        totals = [json.loads((folder / "summary.json").read_text())[name] for folder in (run_dir, whole)]
+        assert totals[0] == totals[1], name
 
 
 def test_trls_engine_trains_on_what_nabla_finds(models, tmp_path):
