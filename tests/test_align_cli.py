@@ -19,6 +19,7 @@ import yaml
 from safetensors.torch import load_file
 
 from nabla_rl import cli
+from nabla_rl.modules import align_cli
 from nabla_rl.modules.align_cli import CONFIGS, AlignCLI, run_config
 from nabla_rl.modules.align_data import AlignmentData
 from nabla_rl.modules.align_trl import Report
@@ -67,6 +68,8 @@ def start(arguments: list[str]) -> subprocess.Popen:
         [sys.executable, str(ROOT / "scripts" / "align.py"), *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        # a shell lets its background jobs ignore Ctrl-C, and what they start inherits it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
@@ -128,15 +131,20 @@ def test_decode_takes_the_adapter(whole, models, tmp_path):
     assert cli.decode([text for name, value in arguments.items() for text in (f"--{name}", str(value))]) == 0
 
 
-def test_killed_and_continued_is_unbroken_bit_for_bit(whole, models, tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT], ids=lambda sent: sent.name)
+def test_killed_and_continued_is_unbroken_bit_for_bit(whole, models, tmp_path, sent):
     run_dir = tmp_path / "run"
     process = start(options(models, run_dir))
     deadline = time.monotonic() + 120
     while not list((run_dir / "checkpoints").glob("*.ckpt")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(sent)
+    _, errors = process.communicate(timeout=60)
+    if sent == signal.SIGINT:
+        assert process.returncode == 130
+        said = [line for line in errors.splitlines() if "━" not in line]
+        assert said == ["error: interrupted. What is finished is kept; the same command goes on from there."]
     assert not (run_dir / "summary.json").exists()
     done = start(options(models, run_dir))
     shown, errors = done.communicate(timeout=240)
@@ -419,6 +427,14 @@ def test_every_file_parses_and_its_values_arrive(file):
     for name, value in flatten(yaml.safe_load(file.read_text(encoding="utf-8"))).items():
         assert config[name] == value, name
         assert not (isinstance(value, str) and Path(value).is_absolute()), name
+
+
+def test_without_options_runs_what_the_tiny_file_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs: list[tuple[dict, Path]] = []
+    monkeypatch.setattr(align_cli, "train", lambda built, folder: runs.append((run_config(built), folder)) or 0)
+    assert cli.align([]) == 0 and cli.align(["--config", str(CONFIGS / "tiny.yaml")]) == 0
+    assert runs[0] == runs[1] and runs[0][1] == Path("runs/align/tiny")
 
 
 def test_a_file_with_a_mistyped_option_is_refused(tmp_path):
