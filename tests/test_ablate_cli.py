@@ -95,6 +95,17 @@ def stub_report(self, rows: Sequence[dict], folder: Path) -> ablate.Report:
     return ablate.Report(list(rows))
 
 
+def test_without_options_runs_the_exact_study(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked: list = []
+    monkeypatch.setattr(
+        ablate_cli, "run_points", lambda study, points, folder: asked.append((study, points, folder.path))
+    )
+    assert cli.ablate([]) == 0 and cli.ablate(["--config", str(ablate_cli.DEFAULT)]) == 0
+    assert asked[0] == asked[1] and asked[0][2] == Path("runs/ablate/duality_exact")
+    assert isinstance(asked[0][0], DualityExact) and len(asked[0][1]) == 15
+
+
 def test_a_study_goes_on_point_by_point(tmp_path, monkeypatch, capsys):
     """Interrupted in its second point, it keeps the first; continued, it does the rest alone."""
     arguments, done, stop = exact(tmp_path, [1.0, 0.2]), [], [True]
@@ -153,7 +164,14 @@ def test_decode_study_runs_the_decode_command_at_every_point(tmp_path, capsys):
         assert row["mean_reward_low"] <= row["mean_reward"] <= row["mean_reward_high"]
     greedy = [row["mean_reward"] for row in table if row["decoder"] == "greedy"]
     assert greedy[0] == greedy[1]  # greedy decoding does not know β
+    with (tmp_path / "run" / "table.csv").open() as written:
+        rows = list(csv.DictReader(written))
+    for row, line in zip(rows, table, strict=True):
+        for name in ("accuracy_low", "accuracy", "accuracy_high", "mean_reward_low", "gold_reward_high"):
+            assert float(row[name]) == pytest.approx(line[name]), name
     assert (tmp_path / "run" / "figures" / "grid.svg").is_file()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count("<svg ") == 1 and f"{table[0]['mean_reward']:.4g} [" in page
     assert "mean reward" in capsys.readouterr().out
 
 

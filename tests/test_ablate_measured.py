@@ -153,6 +153,20 @@ def test_a_law_that_was_changed_under_its_label_is_refused(study, capsys):
     assert "expected 'align' to be the law that its results are of" in capsys.readouterr().err
 
 
+def test_an_adapter_of_other_options_is_not_taken_for_the_studys(study, tmp_path, capsys):
+    """Its folder is there, and finished: of another β."""
+    aligned = {**study["content"]["adapters"]["aligned"], "model.rl.beta": 0.3}
+    laws = {"align": study["content"]["variants"]["align"]}
+    file = tmp_path / "other.yaml"
+    content = {**study["content"], "adapters": {"aligned": aligned}, "variants": laws, "pairs": []}
+    file.write_text(yaml.safe_dump(content, allow_unicode=True, sort_keys=False))
+    adapters = ["--adapters_dir", str(study["folder"] / "adapters")]
+    assert cli.ablate(["--config", str(file), "--run_dir", str(tmp_path / "run"), *adapters]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--adapters_dir: expected" in error
+    assert "found model.rl.beta = 1.0 there and 0.3 now" in error
+
+
 def test_bad_input_is_one_line_and_exit_code_two(study, tmp_path, capsys):
     def complaint(**changes: object) -> str:
         file = tmp_path / "bad.yaml"

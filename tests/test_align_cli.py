@@ -19,8 +19,10 @@ import yaml
 from safetensors.torch import load_file
 
 from nabla_rl import cli
+from nabla_rl.modules import align_cli
 from nabla_rl.modules.align_cli import CONFIGS, AlignCLI, run_config
 from nabla_rl.modules.align_data import AlignmentData
+from nabla_rl.modules.align_trl import Report
 from nabla_rl.modules.aligner import PolicyAligner
 from nabla_rl.report.run_folder import flatten
 from nabla_rl.types import UserError
@@ -66,6 +68,8 @@ def start(arguments: list[str]) -> subprocess.Popen:
         [sys.executable, str(ROOT / "scripts" / "align.py"), *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        # a shell lets its background jobs ignore Ctrl-C, and what they start inherits it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
@@ -103,7 +107,10 @@ def test_the_summary_has_before_and_after(whole):
     assert summary["before"]["kl"] < 1e-6 < summary["after"]["kl"]
     assert summary["flops"] > 0 and summary["seconds"] > 0
     card = (whole / "adapter" / "README.md").read_text()
-    for said in ("library_name: peft", "| β | 1.0", "| KL reached |", "rloo", "peft 0", "| accuracy |"):
+    for said in (
+        "library_name: peft", "| data | the tiny world's sorting problems", "| reward | judge; judge ", "| β | 1.0",
+        "| KL reached |", "rloo", "peft 0", "| accuracy |",
+    ):  # fmt: skip
         assert said in card, said
 
 
@@ -124,17 +131,25 @@ def test_decode_takes_the_adapter(whole, models, tmp_path):
     assert cli.decode([text for name, value in arguments.items() for text in (f"--{name}", str(value))]) == 0
 
 
-def test_killed_and_continued_is_unbroken_bit_for_bit(whole, models, tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT], ids=lambda sent: sent.name)
+def test_killed_and_continued_is_unbroken_bit_for_bit(whole, models, tmp_path, sent):
     run_dir = tmp_path / "run"
     process = start(options(models, run_dir))
     deadline = time.monotonic() + 120
     while not list((run_dir / "checkpoints").glob("*.ckpt")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(sent)
+    _, errors = process.communicate(timeout=60)
+    if sent == signal.SIGINT:
+        assert process.returncode == 130
+        said = [line for line in errors.splitlines() if "━" not in line]
+        assert said == ["error: interrupted. What is finished is kept; the same command goes on from there."]
     assert not (run_dir / "summary.json").exists()
-    assert cli.align(options(models, run_dir)) == 0
+    done = start(options(models, run_dir))
+    shown, errors = done.communicate(timeout=240)
+    assert done.returncode == 0, errors
+    assert "training" in shown and "6/6" in shown  # the bar is of the whole run
     ours, theirs = adapter(run_dir), adapter(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert [line["step"] for line in metrics(run_dir)] == [1, 2, 3, 4, 5, 6]
@@ -173,6 +188,30 @@ def adapter_names(models: Path, tmp_path: Path) -> set[str]:
 
     policy = load_policy(PolicyOptions(str(models / "policy")), family="sorting", device=torch.device("cpu"))
     return set(attach_adapter(policy, LoraOptions(r=4)).state())
+
+
+def test_trls_engine_interrupted_and_continued_is_unbroken_bit_for_bit(models, tmp_path, monkeypatch, capsys):
+    whole, run_dir = tmp_path / "whole", tmp_path / "run"
+    assert cli.align([*options(models, whole), "--engine", "trl"]) == 0
+    step_end = Report.on_step_end
+
+    def interrupted(self, args, state, control, **more):
+        step_end(self, args, state, control, **more)
+        if state.global_step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Report, "on_step_end", interrupted)
+        assert cli.align([*options(models, run_dir), "--engine", "trl"]) == 130
+    assert "interrupted" in capsys.readouterr().err and not (run_dir / "summary.json").exists()
+    torch.manual_seed(99)
+    assert cli.align([*options(models, run_dir), "--engine", "trl"]) == 0
+    ours, theirs = adapter(run_dir), adapter(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert [line["step"] for line in metrics(run_dir)] == [1, 2, 3, 4, 5, 6]
+    for name in ("num_tokens", "flops"):
+        totals = [json.loads((folder / "summary.json").read_text())[name] for folder in (run_dir, whole)]
+        assert totals[0] == totals[1], name
 
 
 def test_trls_engine_trains_on_what_nabla_finds(models, tmp_path):
@@ -388,6 +427,14 @@ def test_every_file_parses_and_its_values_arrive(file):
     for name, value in flatten(yaml.safe_load(file.read_text(encoding="utf-8"))).items():
         assert config[name] == value, name
         assert not (isinstance(value, str) and Path(value).is_absolute()), name
+
+
+def test_without_options_runs_what_the_tiny_file_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs: list[tuple[dict, Path]] = []
+    monkeypatch.setattr(align_cli, "train", lambda built, folder: runs.append((run_config(built), folder)) or 0)
+    assert cli.align([]) == 0 and cli.align(["--config", str(CONFIGS / "tiny.yaml")]) == 0
+    assert runs[0] == runs[1] and runs[0][1] == Path("runs/align/tiny")
 
 
 def test_a_file_with_a_mistyped_option_is_refused(tmp_path):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from nabla_rl import cli
 from nabla_rl.data.problems import Problem
-from nabla_rl.modules.distill_cli import CONFIGS, DistillCLI
+from nabla_rl.modules.distill_cli import CONFIGS, Distillation, DistillCLI
 from nabla_rl.modules.distill_data import DistillationData
 from nabla_rl.modules.distiller import PolicyDistiller
 from nabla_rl.report.amortisation import amortise, recovered_share
@@ -327,6 +327,14 @@ def test_every_yaml_parses_and_is_used(file):
 
     written, held = flatten(yaml.safe_load(file.read_text())), flatten(parsed.config.as_dict())
     assert {name: held[name] for name in written} == written
+
+
+def test_without_options_runs_what_the_tiny_file_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs: list[tuple[dict, Path]] = []
+    monkeypatch.setattr(Distillation, "run", lambda self: runs.append((self.config, self.folder)))
+    assert cli.distill([]) == 0 and cli.distill(["--config", str(CONFIGS / "tiny.yaml")]) == 0
+    assert runs[0] == runs[1] and runs[0][1] == Path("runs/distill/tiny")
 
 
 def test_problems_of_ones_own_are_split_in_three(tmp_path):

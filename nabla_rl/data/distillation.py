@@ -106,7 +106,7 @@ def read_results(paths: Sequence[str | Path], decoder: str | None = None) -> lis
         what = f"answers of {decoder}" if found else "at least one result"
         raise UserError(
             f"--data.results: expected {what}, found {', '.join(found) or 'none'} in {', '.join(map(str, paths))}. "
-            "Decode first, or set --teacher.decoder."
+            "Decode first, or set --teacher.decoders."
         )
     return rows
 

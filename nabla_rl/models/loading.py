@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, is_offline_mode, try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -119,6 +122,8 @@ def _load(
             f"--{argument}: expected a model folder with config.json, found none at '{name}'. Check the path, or give "
             "a Hub name."
         )
+    if not looks_local:
+        _check_hub(argument, name)
     try:
         model, info = auto.from_pretrained(
             name,
@@ -143,6 +148,42 @@ def _load(
             f"({len(untrained)} missing in all). Take a checkpoint of a {kind}."
         )
     return model.to(device)
+
+
+def _check_hub(argument: str, name: str) -> None:
+    """Ask the Hub for a model once or twice: the libraries go on asking for most of a minute before they give up.
+
+    What is in the cache is not asked for. Whatever the Hub answers, the libraries deal with.
+    """
+    try:
+        if is_offline_mode() or isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        url = hf_hub_url(name, "config.json")
+    except ValueError:  # no name that the Hub could have
+        return
+    for pause in (0.0, 1.0):
+        time.sleep(pause)
+        try:
+            get_hf_file_metadata(url)
+            return
+        except Exception as error:  # the Hub's client changes its HTTP library, and so its errors, between versions
+            failure = _connection_failure(error)
+            if failure is None:
+                return
+    raise UserError(
+        f"--{argument}: expected a folder, a Hub name or an embedded model, found '{name}', which is no folder, not "
+        f"embedded, not in the cache, and the Hub cannot be reached ({url.split('/' + name)[0]}: {failure}). Check "
+        "the name, connect, or download it to a folder first."
+    )
+
+
+def _connection_failure(error: BaseException | None) -> OSError | None:
+    """The socket's own error behind another one; None where the other side was reached."""
+    while error is not None:
+        if isinstance(error, (socket.gaierror, ConnectionError, TimeoutError)):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _first_line(error: Exception) -> str:

@@ -155,21 +155,25 @@ class Measured(AbstractStudy):
         return [text for name, value in options.items() for text in (f"--{name}", as_text(value))]
 
     def _adapter(self, source: Source, family: str, seed: int) -> tuple[float, Path | None]:
-        """What training the source's adapter has cost, and its folder; it is trained where that was not done yet."""
+        """What training the source's adapter has cost, and its folder; it is trained where that was not done yet.
+
+        A finished folder is handed to the command, too, which refuses it if it is of other options than the study's.
+        """
         if source.adapter is None:
             return 0.0, None
         options = dict(self.adapters[source.adapter])
         command, steps = options.pop("command"), options.pop("snapshots", [])
         run_dir = self.adapters_dir / f"{source.adapter}_{family}_seed={seed}"
-        summary = run_dir / "summary.json"
-        if not summary.is_file():
-            options |= {"data.family": family, "seed": seed, "run_dir": str(run_dir)}
-            if steps:
-                options["trainer.callbacks"] = [{"class_path": SNAPSHOTS, "init_args": {"steps": list(steps)}}]
-            arguments = [text for name, value in options.items() for text in (f"--{name}", as_text(value))]
+        options |= {"data.family": family, "seed": seed, "run_dir": str(run_dir)}
+        if steps:
+            options["trainer.callbacks"] = [{"class_path": SNAPSHOTS, "init_args": {"steps": list(steps)}}]
+        arguments = [text for name, value in options.items() for text in (f"--{name}", as_text(value))]
+        try:
             with silently():
                 COMMANDS[command](arguments)
-        found = json.loads(summary.read_text(encoding="utf-8"))
+        except UserError as error:
+            raise UserError(str(error).replace("--run_dir", "--adapters_dir")) from error
+        found = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
         if "flops" in found:
             flops = found["flops"]
         else:

@@ -14,13 +14,14 @@ import yaml
 from jsonargparse import ArgumentError
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from nabla_rl.modules.adapter_config import AdapterConfig
 from nabla_rl.modules.adapter_training import AdapterTraining
 from nabla_rl.modules.decode_cli import FULL_PRECISION, explain, given_configs
+from nabla_rl.modules.progress import TrainingProgress
 from nabla_rl.report.run_folder import flatten
 from nabla_rl.types import UserError
 
@@ -107,7 +108,7 @@ def fit(module: AdapterTraining, trainer: Trainer, folder: Path) -> None:
     checkpoints = folder / "checkpoints"
     trainer.loggers = build_loggers(module.settings, folder)
     trainer.callbacks += [  # pyright: ignore
-        RichProgressBar(),
+        TrainingProgress(),
         ModelCheckpoint(
             checkpoints,
             filename="{step}",

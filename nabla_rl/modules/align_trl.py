@@ -7,6 +7,8 @@ has none, so that for them GRPOTrainer is set up to take RLOO's steps (`align_tr
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,9 @@ from nabla_rl.modules.align_trl_search import SearchRollouts, build_search_train
 from nabla_rl.modules.aligner import EVALUATIONS, PolicyAligner
 from nabla_rl.types import UserError
 
+COST = "cost.json"
+"""In a checkpoint: what the run has cost so far, as far as this package counts it."""
+
 
 class Report(TrainerCallback):
     """Metrics, a progress bar, and the end of a run whose KL is too large, as the lightning engine has them."""
@@ -40,6 +45,7 @@ class Report(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget lines of metrics after the checkpoint that is gone on from."""
+        self.module.started = time.perf_counter()
         if state.is_world_process_zero:
             for name in ("metrics.jsonl", EVALUATIONS):
                 keep_steps(self.folder / name, state.global_step)
@@ -59,6 +65,14 @@ class Report(TrainerCallback):
         if state.is_world_process_zero:
             count_cost(self.module, state)
             self.module.evaluate_step(state.global_step)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put beside TRL's checkpoint what TRL does not count: the rewards' operations, and the time."""
+        if state.is_world_process_zero:
+            folder = get_last_checkpoint(args.output_dir)
+            assert folder is not None
+            spent = {"flops": self.module.flops, "seconds": self.module.seconds}
+            (Path(folder) / COST).write_text(json.dumps(spent), encoding="utf-8")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Write a line, and see to the KL."""
@@ -123,6 +137,9 @@ def fit_with_trl(module: PolicyAligner, folder: Path) -> None:
     trainer = build_trl_trainer(module, folder)
     trainer.add_callback(Report(module, folder))
     last = get_last_checkpoint(str(folder / "trl")) if (folder / "trl").is_dir() else None
+    if last is not None and (Path(last) / COST).is_file():
+        spent = json.loads((Path(last) / COST).read_text(encoding="utf-8"))
+        module.flops_before, module.seconds_before = spent["flops"], spent["seconds"]
     try:
         trainer.train(resume_from_checkpoint=last)
     except RuntimeError as error:

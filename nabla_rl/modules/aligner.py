@@ -208,6 +208,8 @@ class PolicyAligner(AdapterTraining):
         super().on_train_start()
         if self.trainer.global_step == 0:
             self.evaluate_step(0)
+        if self.stopped:  # it had gone too far when it was interrupted
+            self.trainer.should_stop = True
 
     def training_step(self, batch: tuple[int, list[Problem]], batch_index: int) -> Tensor:
         """The loss of one micro-batch; the first of a draw draws."""
@@ -261,13 +263,14 @@ class PolicyAligner(AdapterTraining):
         """The adapter alone, and what the rest of a draw needs."""
         super().on_save_checkpoint(checkpoint)
         window = [vars(part) for part in self.window] if self.rl.num_iterations > 1 else []
-        checkpoint["aligner"] = {"flat_steps": self.flat_steps, "window": window}
+        stop = {"stopped": self.stopped, "stopped_at": self.stopped_at}
+        checkpoint["aligner"] = {"flat_steps": self.flat_steps, "window": window, **stop}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on counting, and with the draw that was being used."""
         super().on_load_checkpoint(checkpoint)
         kept = checkpoint["aligner"]
-        self.flat_steps = kept["flat_steps"]
+        self.flat_steps, self.stopped, self.stopped_at = kept["flat_steps"], kept["stopped"], kept["stopped_at"]
         # of several processes the first alone has written its part: they draw anew
         self.window = [MicroBatch(**part) for part in kept["window"]] if self.world_size == 1 else []
 

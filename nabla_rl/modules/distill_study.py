@@ -28,6 +28,7 @@ HELD_OUT = ("data.family", "data.eval_split", "data.eval_limit", "data.problem_s
 """Options that decide what is held out: those of `fixed` that an align variant takes, too."""
 
 COSTS = ("rows", "step", "data_flops", "training_flops", "answer_flops", "teacher_flops", "crossing", "seconds")
+"""Columns of the table that are means over seeds."""
 
 
 @dataclass(frozen=True)
@@ -169,16 +170,7 @@ def figures(group: Sequence[Row]) -> Row:
         "seeds": len(group), "problems": len(problems), "accuracy": float(value), "accuracy_low": float(low),
         "accuracy_high": float(high),
     }  # fmt: skip
-    for name in (
-        "rows",
-        "step",
-        "data_flops",
-        "training_flops",
-        "answer_flops",
-        "teacher_flops",
-        "crossing",
-        "seconds",
-    ):
+    for name in COSTS:
         line[name] = mean([row.get(name) for row in group])
     return line
 

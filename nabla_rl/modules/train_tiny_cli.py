@@ -216,13 +216,17 @@ def _language_model(options: TrainTinyOptions) -> TinyPretraining:
 def _judge(options: TrainTinyOptions) -> TinyJudge:
     assert options.judge is not None
     cpu = torch.device("cpu")
-    policy = load_policy(PolicyOptions(options.judge.policy), family=options.family, device=cpu)
-    base = load_policy(PolicyOptions(options.judge.base), family=options.family, device=cpu).backbone.model
+    family, group = options.family, "model.judge"
+    asked = PolicyOptions(options.judge.policy)
+    policy = load_policy(asked, family=family, device=cpu, argument=f"{group}.policy")
+    asked = PolicyOptions(options.judge.base)
+    base = load_policy(asked, family=family, device=cpu, argument=f"{group}.base").backbone.model
     assert isinstance(base, LlamaForCausalLM)
     if options.judge.start is None:
         judge = judge_from_language_model(base, options.judge.extra_layers)
     else:
-        judge, _ = load_classifier(RewardOptions(options.judge.start), family=options.family, device=cpu)
+        start = RewardOptions(options.judge.start)
+        judge, _ = load_classifier(start, family=family, device=cpu, argument=f"{group}.start")
         assert isinstance(judge, LlamaForSequenceClassification)
         judge = with_fresh_layers(judge, options.judge.extra_layers)
         judge.requires_grad_(True)
@@ -230,7 +234,7 @@ def _judge(options: TrainTinyOptions) -> TinyJudge:
         judge,
         base,
         policy,
-        FAMILIES[options.family],
+        FAMILIES[family],
         agreement_steps=options.judge.agreement_steps,
         base_learning_rate=options.judge.base_learning_rate,
         answer_weight=options.judge.answer_weight,

@@ -27,7 +27,7 @@ from nabla_rl.models.groups import group_logits
 from nabla_rl.models.policy import Policy
 from nabla_rl.modules.adapter_training import keep_steps
 from nabla_rl.modules.align_config import RLConfig
-from nabla_rl.modules.align_data import AlignmentData
+from nabla_rl.modules.align_data import AlignmentData, Draws
 from nabla_rl.modules.align_rollouts import Completions, MicroBatch
 from nabla_rl.modules.align_trl import build_trl_trainer
 from nabla_rl.modules.align_trl_search import SearchRollouts
@@ -469,6 +469,17 @@ def test_stops_when_the_kl_is_too_large(tmp_path):
     assert module.trainer.global_step < 50
 
 
+def test_a_run_that_stopped_and_was_killed_then_does_not_go_on(tmp_path):
+    """The checkpoint of its last step knows that the KL is too large."""
+    options: dict[str, Any] = {"stop_at_kl": 0.05, "rl": {"max_steps": 50, "beta": 0.01}}
+    saved = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = fit(build(**options), callbacks=[saved])
+    last = tmp_path / f"step={whole.stopped_at}.ckpt"
+    again = fit(build(**options), ckpt_path=str(last), weights_only=True)
+    assert torch.equal(weights(whole), weights(again))
+    assert (again.stopped, again.stopped_at) == (whole.stopped, whole.stopped_at)
+
+
 def test_loss_that_is_not_finite_stops_before_it_reaches_the_weights():
     module = build()
     loss, calls = module.loss, []
@@ -492,6 +503,23 @@ def test_rewards_that_are_all_equal_are_said_once(capsys):
 
 
 # Problems
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_processes_share_a_draw_in_whole_groups(parts):
+    """Each problem, with all its completions, is one process's; together they have what one process would draw."""
+    sizes = {"num_generations": 4, "gradient_accumulation_steps": parts, "num_iterations": 2}
+    one = RLConfig(per_device_train_batch_size=16, **sizes)
+    two = dataclasses.replace(one, per_device_train_batch_size=8)
+    data = AlignmentData(family="sorting", eval_limit=1)
+    ticks = 4 * parts
+    alone = itertools.islice(Draws(data, one, start=0), ticks)
+    shared = [itertools.islice(Draws(data, two, start=0, rank=r, world_size=2), ticks) for r in (0, 1)]
+    for (tick, whole), *mine in zip(alone, *shared, strict=True):
+        assert [each for each, _ in mine] == [tick, tick]
+        halves = [problems[2 * part :][:2] for part in range(parts) for _, problems in mine]
+        assert whole == [problem for half in halves for problem in half] and len(whole) == 4 * parts
+        assert all(len(problems) * 4 % two.per_device_train_batch_size == 0 for _, problems in mine)
 
 
 def test_fresh_problems_depend_on_the_draw_alone_and_are_never_held_out():

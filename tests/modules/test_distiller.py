@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import get_peft_model_state_dict
 from torch import Tensor
+from transformers import TrainerCallback
 from trl import DPOConfig, SFTConfig
 
 from nabla_rl.data.distillation import Row
@@ -23,7 +25,7 @@ from nabla_rl.models.adapters import LoraOptions
 from nabla_rl.models.loading import PolicyOptions
 from nabla_rl.models.policy import Policy
 from nabla_rl.modules.distill_config import DistillConfig
-from nabla_rl.modules.distill_trl import build_trl_trainer, fit_with_trl
+from nabla_rl.modules.distill_trl import Report, build_trl_trainer, fit_with_trl
 from nabla_rl.modules.distiller import PolicyDistiller, encode_completion
 from nabla_rl.modules.soft_targets import add_soft_targets
 from nabla_rl.rewards.sequence_classifier import SequenceClassifierReward
@@ -158,6 +160,29 @@ def test_sgd_steps_end_at_trls_adapter(method, tmp_path):
     torch.testing.assert_close(weights(theirs), weights(ours), rtol=1e-4, atol=1e-6)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
     assert theirs.all_flops > 0
+
+
+@pytest.mark.parametrize("method", ["sft", "preference"])
+def test_trl_interrupted_goes_on_to_the_same_adapter(method, tmp_path):
+    settings = {"max_steps": 4, "logging_steps": 1, "save_steps": 2, "per_device_train_batch_size": 2}
+    whole, broken, again = (build(method, **settings) for _ in range(3))
+    fit_with_trl(whole, tmp_path / "whole")
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    trainer = build_trl_trainer(broken, tmp_path / "run")
+    trainer.add_callback(Report(tmp_path / "run"))
+    trainer.add_callback(Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert not torch.equal(weights(broken), weights(again))
+    fit_with_trl(again, tmp_path / "run")
+    assert torch.equal(weights(again), weights(whole))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("method", ["soft", "weighted"])
