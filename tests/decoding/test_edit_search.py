@@ -283,6 +283,7 @@ class SharpenedProposals(Policy):
 
     def rollout(self, prefix, **options):
         rolled = super().rollout(prefix, **{**options, "keep_logits": True})
+        assert rolled.logits is not None
         log_probs = (rolled.logits / self.temperature).log_softmax(-1)
         top = log_probs.topk(options["keep_top"], -1)
         odds = top.values - log_probs.gather(-1, rolled.ids[..., None])
