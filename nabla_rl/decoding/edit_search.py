@@ -1,10 +1,11 @@
 """Edit search: change one token of the current completion, roll the rest out afresh, keep what is better.
 
-    y ← rollout from x
+    y ← rollout from x, or the best of several
     repeat   score edits (i, v):  s = log π(v | x, y_<i) - log π(y_i | x, y_<i) + w ΔV_i(v) / β
              ỹ ← rollout from (x, y_<i, v) for the best edits not tried yet;  the judge reads it
-             y ← the best accepted ỹ
-    until    no edit promises a gain, or the budget is used up;  the answer is the completion of lowest energy tried
+             y ← the best accepted ỹ, or a fresh rollout from x where no edit promises a gain and restarts are left
+    until    no edit promises a gain, the judge is sure, or the budget is used up
+    answer   the completion of lowest energy of all that were tried
 
 An edit leaves what stands before it alone and gives up what stands after it. What it is worth is therefore the change
 of the tilted policy's log-odds at token i with the value V of the *prefix*, ΔV_i(v) = V(y_<i, v) - V(y_≤i), which no
@@ -29,9 +30,8 @@ after the other; exact and first-order values of prefixes are this project's own
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -41,7 +41,6 @@ from torch.nn.utils.rnn import pad_sequence
 from nabla_rl.data.problems import Problem
 from nabla_rl.decoding.base import (
     AbstractDecoder,
-    Candidate,
     Decoded,
     Edit,
     Sampling,
@@ -49,12 +48,13 @@ from nabla_rl.decoding.base import (
     prefill,
     require_process_reward,
 )
-from nabla_rl.decoding.budget import Budget, Point, spent
-from nabla_rl.functional.energy import compute_energy
+from nabla_rl.decoding.budget import Budget
+from nabla_rl.decoding.edit_state import Completion, Search, follow, read, spliced
+from nabla_rl.functional.relaxation import sample_gumbel
 from nabla_rl.functional.seeding import seeded_generator
 from nabla_rl.ledger import Ledger
-from nabla_rl.models.backbone import Prefix, Track
-from nabla_rl.models.policy import Policy, Rollout
+from nabla_rl.models.backbone import Prefix
+from nabla_rl.models.policy import Policy
 from nabla_rl.rewards.base import AbstractProcessReward, AbstractReward
 from nabla_rl.types import UserError
 
@@ -64,44 +64,11 @@ JUDGED: tuple[Proposals, ...] = ("value", "gradient", "random_gradient")
 """Proposals that a model call of the judge goes into."""
 
 
-@dataclass
-class _Search:
-    """One problem on its way: the current completion and what is known about it, position by position."""
-
-    problem: Problem
-    ids: Tensor  # (length,)
-    logps: Tensor  # (length,), log π of the tokens
-    entropy: Tensor  # (length,)
-    values: Tensor  # (length,), V(y_≤i)
-    alternatives: Tensor  # (length, k), the policy's likeliest tokens
-    odds: Tensor  # (length, k), log π(v) - log π(y_i) of those
-    changes: Tensor  # (length, k), ΔV_i(v); NaN where it is not known yet
-    finished: bool
-    reward: float
-    policy_track: Track
-    reward_track: Track
-    index: int = 0  # of the current completion among those tried
-    best: int = 0  # of the lowest energy among those tried
-    converged: bool = False
-    done: set[tuple[int, int]] = field(default_factory=set)  # edits of the current prefixes that were tried
-    tried: list[Candidate] = field(default_factory=list)
-    energies: list[float] = field(default_factory=list)
-    ended: list[bool] = field(default_factory=list)
-    trace: list[Edit] = field(default_factory=list)
-    curve: list[Point] = field(default_factory=list)
-    counts: Counter = field(default_factory=Counter)
-
-    def drops(self) -> Tensor:
-        """q_{i-1} - q_i, the chance that the first error is token i, (length,)."""
-        right = torch.cat([self.values.new_ones(1), self.values.sigmoid()]).cummin(0).values
-        return right[:-1] - right[1:]
-
-
 @dataclass(frozen=True)
 class _Proposed:
     """An edit that is being tried."""
 
-    search: _Search
+    search: Search
     position: int
     token: int
     score: float
@@ -131,6 +98,16 @@ class EditSearch(AbstractDecoder):
     """Edits that promise less are not tried; None: every edit is."""
     acceptance: EditAcceptance = "energy"
     """energy: the whole completion's energy must fall; prefix: that of the tokens up to and including the edit."""
+    starts: int = 1
+    """Completions drawn before the first edit; the search begins from the one of lowest energy."""
+    restarts: int = 0
+    """How often at most a search that has converged begins anew, from as many completions as the first time."""
+    start_temperature: float = 1.0
+    """Of the completions drawn for that, but for the very first, which is drawn like every other rollout."""
+    stop_at: float | None = None
+    """No further step once the judge gives the answer this probability of being right; None: no such stop."""
+    edit_temperature: float = 0.0
+    """T of edits drawn with probability ∝ exp(s/T), in place of the best ones, which are its limit 0."""
     budget: Budget = field(default_factory=Budget)
     """When to stop at the latest."""
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.0))
@@ -141,9 +118,21 @@ class EditSearch(AbstractDecoder):
 
     def __post_init__(self) -> None:
         """Check the values in the spelling of the command line."""
-        for name, low in (("alternatives", 1), ("width", 1), ("max_rollouts", 1), ("min_entropy", 0), ("min_drop", 0)):
-            if self.__dict__[name] < low:
+        least = {"alternatives": 1, "width": 1, "max_rollouts": 1, "min_entropy": 0, "min_drop": 0, "starts": 1,
+                 "restarts": 0, "edit_temperature": 0}  # fmt: skip
+        for name, low in least.items():
+            if not self.__dict__[name] >= low:
                 raise UserError(f"{self.name}.{name}: expected at least {low}, found {self.__dict__[name]}.")
+        if not self.start_temperature > 0:
+            raise UserError(
+                f"{self.name}.start_temperature: expected a positive number, found {self.start_temperature}: all "
+                "starts would be the same one. Use 1."
+            )
+        if self.stop_at is not None and not 0 < self.stop_at <= 1:
+            raise UserError(
+                f"{self.name}.stop_at: expected a probability in (0, 1], or null for no such stop, found "
+                f"{self.stop_at}."
+            )
 
     def decode(
         self, problems: Sequence[Problem], policy: Policy, reward: AbstractReward | None, ledger: Ledger
@@ -152,15 +141,21 @@ class EditSearch(AbstractDecoder):
         searches = self._start(problems, policy, judge, ledger)
         active = searches
         while active := [s for s in active if self._goes_on(s)]:
-            self._look(active, judge, ledger)
-            edits = [edit for search in active for edit in self._choose(search)]
+            waiting, editing = [s for s in active if s.fresh], [s for s in active if not s.fresh]
+            if waiting:
+                self._begin(waiting, policy, judge, ledger)
+            self._look(editing, judge, ledger)
+            edits = [edit for search in editing for edit in self._choose(search)]
             if edits:
                 self._try(edits, policy, judge, ledger)
-        return [self._finish(search, ledger, account) for account, search in enumerate(searches)]
+            for search in active:
+                search.mark(ledger)
+        return [search.answer() for search in searches]
 
     def _start(
         self, problems: Sequence[Problem], policy: Policy, judge: AbstractProcessReward, ledger: Ledger
-    ) -> list[_Search]:
+    ) -> list[Search]:
+        """Each problem's first completion; further starts are a step of their own."""
         prefix = prefill(problems, policy, ledger, self.sampling.max_new_tokens)
         rollout = draw_rollouts(
             problems, policy, prefix, self.sampling, n=1, seed=self.seed, keep_encoded=True, keep_entropy=True,
@@ -168,235 +163,170 @@ class EditSearch(AbstractDecoder):
         )  # fmt: skip
         judged = judge.prefill([p.problem for p in problems], torch.arange(len(problems)), ledger)
         with ledger.phase("score"):
-            rewards, values, tracks = read(judge, judged, rollout.ids, rollout.mask, [0] * len(problems))
-        assert rollout.encoded is not None
+            firsts = read(rollout, judge, judged, [0] * len(problems))
         searches = []
-        for row, (problem, track) in enumerate(
-            zip(problems, rollout.encoded.tracks([0] * len(problems)), strict=True)
-        ):
-            parts = per_token(rollout, row)
-            search = _Search(
-                problem, *parts[:3], values[row], *parts[3:], torch.full_like(parts[4], torch.nan),
-                bool(rollout.finished[row]), float(rewards[row]), track, tracks[row],
-            )  # fmt: skip
-            self._note(search, search, policy)
-            search.curve.append(spent(ledger, row, rollouts=1, chosen=0))
+        for account, (problem, first) in enumerate(zip(problems, firsts, strict=True)):
+            search = Search(problem, account, first, fresh=self.starts - 1)
+            search.note(first, policy, self.beta)
+            search.mark(ledger)
             searches.append(search)
         return searches
 
-    def _goes_on(self, search: _Search) -> bool:
-        return not search.converged and len(search.tried) < self.max_rollouts and self.budget.allows(search.curve[-1])
+    def _goes_on(self, search: Search) -> bool:
+        sure = self.stop_at is not None and search.chances[search.best] >= self.stop_at
+        return (
+            not sure
+            and (search.fresh > 0 or not search.converged)
+            and len(search.tried) < self.max_rollouts
+            and self.budget.allows(search.curve[-1])
+        )
 
-    def _open(self, search: _Search) -> Tensor:
+    def _begin(self, searches: Sequence[Search], policy: Policy, judge: AbstractProcessReward, ledger: Ledger) -> None:
+        """Draw the completions that searches wait for, side by side; each goes on from the one of lowest energy, the
+        current one among them unless it has converged."""
+        fresh = [min(s.fresh, self.max_rollouts - len(s.tried)) for s in searches]
+        draws = [(s, len(s.tried) + j) for s, n in zip(searches, fresh, strict=True) for j in range(n)]
+        rollout = policy.rollout(
+            Prefix.cat([s.current.policy_track.prefix_at(0) for s, _ in draws]),
+            generators=[seeded_generator(self.seed, s.problem.id, "rollout", number) for s, number in draws],
+            max_new_tokens=self.sampling.max_new_tokens, temperature=self.start_temperature,
+            top_p=self.sampling.top_p, keep_encoded=True, keep_entropy=True,
+            keep_top=min(self.alternatives, policy.vocab_size),
+        )  # fmt: skip
+        judged = Prefix.cat([s.current.reward_track.prefix_at(0) for s, _ in draws])
+        with ledger.phase("score"):
+            completions = read(rollout, judge, judged, [0] * len(draws))
+        for (search, _), completion in zip(draws, completions, strict=True):
+            search.note(completion, policy, self.beta)
+            search.counts["fresh_rollouts"] += 1
+            if search.converged or completion.energy(self.beta) < search.current.energy(self.beta):
+                search.current, search.converged = completion, False
+        for search in searches:
+            search.fresh = 0
+
+    def _open(self, completion: Completion) -> Tensor:
         """The positions at which edits are considered, (length,)."""
-        return (search.entropy >= self.min_entropy) & (search.drops() >= self.min_drop)
+        return (completion.entropy >= self.min_entropy) & (completion.drops() >= self.min_drop)
 
-    def _look(self, searches: Sequence[_Search], judge: AbstractProcessReward, ledger: Ledger) -> None:
+    def _look(self, searches: Sequence[Search], judge: AbstractProcessReward, ledger: Ledger) -> None:
         """Fill in ΔV where it is wanted and not known: one pass of the judge (and one back) for all problems."""
         if self.proposals not in JUDGED:
             return
-        wanted = [(self._open(s) & s.changes[:, 0].isnan()).nonzero().squeeze(-1) for s in searches]
-        asking = [(s, at) for s, at in zip(searches, wanted, strict=True) if len(at)]
+        wanted = [(self._open(s.current) & s.current.changes[:, 0].isnan()).nonzero().squeeze(-1) for s in searches]
+        asking = [(s, s.current, at) for s, at in zip(searches, wanted, strict=True) if len(at)]
         if not asking:
             return
-        tracks = [s.reward_track for s, _ in asking]
-        positions = pad_sequence([at for _, at in asking], batch_first=True)
-        mask = pad_sequence([torch.ones_like(at, dtype=torch.bool) for _, at in asking], batch_first=True)
-        current = pad_sequence([s.ids[at] for s, at in asking], batch_first=True)
-        others = pad_sequence([s.alternatives[at] for s, at in asking], batch_first=True)
+        tracks = [known.reward_track for _, known, _ in asking]
+        positions = pad_sequence([at for *_, at in asking], batch_first=True)
+        mask = pad_sequence([torch.ones_like(at, dtype=torch.bool) for *_, at in asking], batch_first=True)
+        current = pad_sequence([known.ids[at] for _, known, at in asking], batch_first=True)
+        others = pad_sequence([known.alternatives[at] for _, known, at in asking], batch_first=True)
         with ledger.phase("probe"):
             if self.proposals == "value":
                 k = others.shape[-1]
                 values = judge.fork_values(
                     tracks, positions.repeat_interleave(k, 1), others.flatten(1), mask.repeat_interleave(k, 1)
                 ).view_as(others)
-                before = pad_sequence([s.values[at] for s, at in asking], batch_first=True)
+                before = pad_sequence([known.values[at] for _, known, at in asking], batch_first=True)
                 changes = values - before[..., None]
             else:
                 changes = judge.fork_changes(tracks, positions, current, mask, others)
-        for row, (search, at) in enumerate(asking):
-            found = changes[row, : len(at)].to(search.changes)
+        for row, (search, known, at) in enumerate(asking):
+            found = changes[row, : len(at)].to(known.changes)
             if self.proposals == "random_gradient":
                 found = shuffled(found, seeded_generator(self.seed, search.problem.id, "shuffle", len(search.tried)))
-            search.changes[at] = found
+            known.changes[at] = found
             search.counts["probes"] += 1
             search.counts["probed_positions"] += len(at)
 
-    def _scores(self, search: _Search) -> Tensor:
+    def _scores(self, search: Search) -> Tensor:
         """s of every edit, (length, k); -inf where it is not considered."""
+        known = search.current
         if self.proposals == "random":
             generator = seeded_generator(self.seed, search.problem.id, "edits", len(search.tried))
-            scores = torch.rand(search.odds.shape, generator=generator).to(search.odds)
+            scores = torch.rand(known.odds.shape, generator=generator).to(known.odds)
         elif self.proposals == "policy":
-            scores = search.odds
+            scores = known.odds
         else:
-            scores = search.odds + self.weight / self.beta * search.changes
-        out = (search.alternatives == search.ids[:, None]) | ~self._open(search)[:, None]
-        return scores.masked_fill(out, -torch.inf).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+            scores = known.odds + self.weight / self.beta * known.changes
+        out = (known.alternatives == known.ids[:, None]) | ~self._open(known)[:, None]
+        scores = scores.masked_fill(out, -torch.inf).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+        for position, token in known.done:
+            scores[position] = scores[position].masked_fill(known.alternatives[position] == token, -torch.inf)
+        return scores if self.min_score is None else scores.masked_fill(scores < self.min_score, -torch.inf)
 
-    def _choose(self, search: _Search) -> list[_Proposed]:
-        """The best edits that were not tried yet; none means that the search has converged."""
+    def _choose(self, search: Search) -> list[_Proposed]:
+        """Edits that were not tried yet, the best ones or drawn; none means that the search has converged, and begins
+        anew where it may."""
         scores = self._scores(search)
-        for position, token in search.done:
-            scores[position] = scores[position].masked_fill(search.alternatives[position] == token, -torch.inf)
-        k, chosen = scores.shape[1], []
-        for flat in scores.flatten().argsort(descending=True, stable=True)[: self.width].tolist():
-            score = float(scores.view(-1)[flat])
-            if score == -torch.inf or (self.min_score is not None and score < self.min_score):
+        ranks = scores.flatten()
+        if self.edit_temperature > 0:
+            # the largest of s/T + Gumbel noise are draws from softmax(s/T) without replacement
+            generator = seeded_generator(self.seed, search.problem.id, "gibbs", len(search.tried))
+            ranks = ranks / self.edit_temperature + sample_gumbel(ranks.shape, generator).to(ranks)
+        room = min(self.width, self.max_rollouts - len(search.tried))
+        chosen = []
+        for flat in ranks.argsort(descending=True, stable=True)[:room].tolist():
+            position, choice = divmod(flat, scores.shape[1])
+            score = float(scores[position, choice])
+            if score == -torch.inf:
                 break
-            position = flat // k
-            chosen.append(_Proposed(search, position, int(search.alternatives[position, flat % k]), score))
+            token = int(search.current.alternatives[position, choice])
+            chosen.append(_Proposed(search, position, token, score))
         search.converged = not chosen
+        if search.converged and search.counts["restarts"] < self.restarts:
+            search.counts["restarts"] += 1
+            search.fresh = self.starts
         return chosen
 
     def _try(self, edits: list[_Proposed], policy: Policy, judge: AbstractProcessReward, ledger: Ledger) -> None:
         """Roll out from each edit, let the judge read what is new, and keep the best of what is accepted."""
         starts = [edit.position for edit in edits]
         rollout = policy.rollout(
-            Prefix.cat([edit.search.policy_track.prefix_at(edit.position) for edit in edits]),
+            Prefix.cat([edit.search.current.policy_track.prefix_at(edit.position) for edit in edits]),
             generators=[self._generator(edit) for edit in edits],
             max_new_tokens=self.sampling.max_new_tokens - min(starts),
             temperature=self.sampling.temperature, top_p=self.sampling.top_p, keep_encoded=True, keep_entropy=True,
-            keep_top=edits[0].search.alternatives.shape[1],
+            keep_top=min(self.alternatives, policy.vocab_size),
             first_tokens=torch.tensor([edit.token for edit in edits], device=policy.device),
             budgets=torch.tensor([self.sampling.max_new_tokens - start for start in starts]),
         )  # fmt: skip
-        judged = Prefix.cat([edit.search.reward_track.prefix_at(edit.position) for edit in edits])
+        judged = Prefix.cat([edit.search.current.reward_track.prefix_at(edit.position) for edit in edits])
         with ledger.phase("accept"):
-            rewards, values, tracks = read(judge, judged, rollout.ids, rollout.mask, starts)
-        assert rollout.encoded is not None
-        policy_tracks, results = rollout.encoded.tracks(starts), {}
-        for row, edit in enumerate(edits):
-            candidate = spliced(edit, rollout, row, values[row], float(rewards[row]), policy_tracks[row], tracks[row])
+            tails = read(rollout, judge, judged, starts)
+        kept: dict[int, tuple[_Proposed, Completion]] = {}
+        for edit, tail in zip(edits, tails, strict=True):
+            search = edit.search
+            candidate = spliced(search.current, edit.position, tail)
             accepted = self._accept(edit, candidate)
-            self._note(edit.search, candidate, policy)
-            edit.search.done.add((edit.position, edit.token))
-            edit.search.trace.append(self._traced(edit, candidate, accepted, policy))
-            known, mine = results.get(edit.search.problem.id), (edit, candidate) if accepted else None
-            if known is None or (mine is not None and (known[1] is None or self._beats(candidate, known[1][1]))):
-                results[edit.search.problem.id] = (edit.search, mine)
-        for search, chosen in results.values():
-            if chosen is not None:
-                replace_current(search, *chosen)
-            account = search.policy_track.problem
-            search.curve.append(spent(ledger, account, rollouts=len(search.tried), chosen=search.best))
+            search.trace.append(self._traced(edit, candidate, accepted, policy))
+            search.note(candidate, policy, self.beta)
+            search.current.done.add((edit.position, edit.token))
+            rival = kept.get(search.account)
+            if accepted and (rival is None or candidate.energy(self.beta) < rival[1].energy(self.beta)):
+                kept[search.account] = (edit, candidate)
+        for edit, candidate in kept.values():
+            edit.search.current = follow(edit.search.current, edit.position, candidate)
 
     def _generator(self, edit: _Proposed) -> torch.Generator:
         return seeded_generator(
             self.seed, edit.search.problem.id, "rollout", len(edit.search.tried), edit.position, edit.token
         )
 
-    def _energy(self, search: _Search) -> float:
-        return float(compute_energy(search.logps.double().sum(), torch.tensor(search.reward).double(), self.beta))
-
-    def _prefix_energy(self, search: _Search, length: int) -> float:
-        """-V(y_≤i)/β - log π(y_≤i) of the first `length` tokens."""
-        return float(-search.values[length - 1] / self.beta - search.logps[:length].double().sum())
-
-    def _accept(self, edit: _Proposed, candidate: _Search) -> bool:
+    def _accept(self, edit: _Proposed, candidate: Completion) -> bool:
+        current = edit.search.current
         if self.acceptance == "energy":
-            return self._energy(candidate) < self._energy(edit.search)
+            return candidate.energy(self.beta) < current.energy(self.beta)
         length = edit.position + 1
-        return self._prefix_energy(candidate, length) < self._prefix_energy(edit.search, length)
+        return candidate.prefix_energy(length, self.beta) < current.prefix_energy(length, self.beta)
 
-    def _beats(self, candidate: _Search, other: _Search) -> bool:
-        """Of several accepted edits of a round, the completion of lowest energy is kept."""
-        return self._energy(candidate) < self._energy(other)
-
-    def _note(self, search: _Search, candidate: _Search, policy: Policy) -> None:
-        """Write a completion down among those tried."""
-        ids, energy = tuple(candidate.ids.tolist()), self._energy(candidate)
-        candidate.index = len(search.tried)
-        search.tried.append(
-            Candidate(policy.decode(ids), ids, float(candidate.logps.double().sum()), candidate.reward)
-        )
-        search.energies.append(energy)
-        search.ended.append(candidate.finished)
-        if energy < search.energies[search.best]:
-            search.best = candidate.index
-
-    def _traced(self, edit: _Proposed, candidate: _Search, accepted: bool, policy: Policy) -> Edit:
-        search, at = edit.search, edit.position
+    def _traced(self, edit: _Proposed, candidate: Completion, accepted: bool, policy: Policy) -> Edit:
+        current, at = edit.search.current, edit.position
         return Edit(
-            at, policy.decode([int(search.ids[at])]), policy.decode([edit.token]), search.reward, candidate.reward,
-            self._energy(search), self._energy(candidate), accepted, 0.0, float(search.entropy[at]), edit.score,
+            at, policy.decode([int(current.ids[at])]), policy.decode([edit.token]), current.reward, candidate.reward,
+            current.energy(self.beta), candidate.energy(self.beta), accepted, 0.0, float(current.entropy[at]),
+            edit.score,
         )  # fmt: skip
-
-    def _finish(self, search: _Search, ledger: Ledger, account: int) -> Decoded:
-        best = search.tried[search.best]
-        end = spent(ledger, account, rollouts=len(search.tried), chosen=search.best)
-        if end.flops > search.curve[-1].flops:  # a last look that led to nothing costs, too
-            search.curve.append(end)
-        return Decoded(
-            search.problem.id, best.text, best.ids, search.ended[search.best], best.logps, best.reward, search.tried,
-            search.trace, len(search.trace), sum(edit.accepted for edit in search.trace), dict(search.counts),
-            search.curve,
-        )  # fmt: skip
-
-
-def read(
-    judge: AbstractProcessReward, prefix: Prefix, ids: Tensor, mask: Tensor, starts: Sequence[int]
-) -> tuple[Tensor, list[Tensor], list[Track]]:
-    """What one pass of the judge says of completions: rewards (batch,), values and encodings of each without
-    padding."""
-    scored = judge.score(prefix, ids, mask)
-    values = judge.encoded_values(scored.encoded)
-    return scored.reward, [v[m] for v, m in zip(values, mask, strict=True)], scored.encoded.tracks(starts)
-
-
-def per_token(rollout: Rollout, row: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """ids, log π, entropy, the likeliest tokens and their log-odds against the token that stands there."""
-    real = rollout.mask[row]
-    assert rollout.entropy is not None and rollout.top_ids is not None and rollout.top_logps is not None
-    logps = rollout.logps[row, real]
-    odds = rollout.top_logps[row, real] - logps[:, None]
-    return rollout.ids[row, real], logps, rollout.entropy[row, real], rollout.top_ids[row, real], odds
-
-
-def spliced(
-    edit: _Proposed,
-    rollout: Rollout,
-    row: int,
-    values: Tensor,
-    reward: float,
-    policy_track: Track,
-    reward_track: Track,
-) -> _Search:
-    """The completion that an edit has led to, with what stays known of its beginning."""
-    search, at = edit.search, edit.position
-    ids, logps, entropy, alternatives, odds = per_token(rollout, row)
-    changes = torch.full_like(odds, torch.nan)
-    # at the edit itself the alternatives are the same ones, seen from another token
-    changes[0] = search.changes[at] + search.values[at] - values[0]
-    return replace(
-        search,
-        ids=torch.cat([search.ids[:at], ids]),
-        logps=torch.cat([search.logps[:at], logps]),
-        entropy=torch.cat([search.entropy[:at], entropy]),
-        values=torch.cat([search.values[:at], values]),
-        alternatives=torch.cat([search.alternatives[:at], alternatives]),
-        odds=torch.cat([search.odds[:at], odds]),
-        changes=torch.cat([search.changes[:at], changes]),
-        finished=bool(rollout.finished[row]),
-        reward=reward,
-        policy_track=search.policy_track.spliced(policy_track),
-        reward_track=search.reward_track.spliced(reward_track),
-    )
-
-
-REPLACED = (
-    "ids", "logps", "entropy", "values", "alternatives", "odds", "changes", "finished", "reward", "policy_track",
-    "reward_track", "index",
-)  # fmt: skip
-"""What an accepted edit replaces."""
-
-
-def replace_current(search: _Search, edit: _Proposed, candidate: _Search) -> None:
-    """Go on from the candidate; edits of what has not changed stay tried."""
-    old = int(search.ids[edit.position])
-    search.done = {(at, token) for at, token in search.done if at <= edit.position} | {(edit.position, old)}
-    for name in REPLACED:
-        setattr(search, name, getattr(candidate, name))
 
 
 def shuffled(changes: Tensor, generator: torch.Generator) -> Tensor:

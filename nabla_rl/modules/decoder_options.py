@@ -105,6 +105,16 @@ class EditOptions:
     (prefix)."""
     temperature: float = 0.0
     """Of edit search's rollouts, in place of sampling.temperature: each prefix is rolled out once."""
+    starts: int = 1
+    """Completions drawn before the first edit; the search begins from the one of lowest energy."""
+    restarts: int = 0
+    """How often at most a search that has converged begins anew, from fresh completions (`starts` of them)."""
+    start_temperature: float = 1.0
+    """Of the completions drawn for starts and restarts, but for the very first one."""
+    stop_at: float | None = None
+    """No further step once the judge gives the answer this probability of being right; null: no such stop."""
+    edit_temperature: float = 0.0
+    """Edits are drawn with probability ∝ exp(score / this); 0 takes the best ones."""
 
 
 PREFIX_VALUES = EditOptions(proposals="value", min_drop=0.05, min_score=0.0, acceptance="prefix")

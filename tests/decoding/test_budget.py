@@ -15,6 +15,7 @@ from nabla_rl.decoding import (
     BestOfN,
     Budget,
     Decoded,
+    EditSearch,
     Greedy,
     Nabla,
     Point,
@@ -38,6 +39,8 @@ NABLA = Nabla(
     sampling=SAMPLING, seed=1,
 )  # fmt: skip
 
+EDITS = EditSearch("value", alternatives=3, max_rollouts=9, sampling=replace(SAMPLING, temperature=0.0), seed=1)
+
 
 def first_letter(text: str) -> str | None:
     """An answer that completions share often enough for a vote to turn."""
@@ -56,6 +59,8 @@ DECODERS: dict[str, AbstractDecoder] = {
     "mcts": MCTS(iterations=8, branching=2, step="segment", step_tokens=2, sampling=SAMPLING),
     "nabla": NABLA,
     "nabla-support": replace(NABLA, support=5, min_gradient_norm=2.0),
+    "edit_search": EDITS,
+    "edit_search-anew": replace(EDITS, min_score=0.0, starts=2, restarts=3, acceptance="prefix", stop_at=0.9),
 }
 DRAWS = ["self_consistency", "best_of_n", "best_of_n-reward", "best_of_n-vote"]
 SEARCHES = [name for name in DECODERS if name not in ("greedy", "sample")]
