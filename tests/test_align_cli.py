@@ -235,8 +235,15 @@ def test_trls_engine_stops_where_the_other_one_does(models, tmp_path, capsys, ch
     code = cli.align([*options(models, tmp_path / "run", **changes), "--engine", "trl"])
     said = capsys.readouterr()
     if "model.stop_at_kl" in changes:
-        summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+        file = tmp_path / "run" / "summary.json"
+        summary, weights = json.loads(file.read_text()), adapter(tmp_path / "run")
         assert code == 0 and "above --model.stop_at_kl" in said.out and summary["stopped_at"] < 6
+        file.unlink()  # as if killed after its last step: it does not go on
+        assert cli.align([*options(models, tmp_path / "run", **changes), "--engine", "trl"]) == 0
+        again = json.loads(file.read_text())
+        assert all(torch.equal(weight, weights[name]) for name, weight in adapter(tmp_path / "run").items())
+        for name in ("stopped", "stopped_at", "flops", "num_tokens", "after"):
+            assert again[name] == summary[name], name
     else:
         assert code == 2 and said.err.strip().splitlines()[-1].startswith("error: ")
         assert "found NaN or infinity" in said.err and not (tmp_path / "run" / "adapter").exists()

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 from lightning.pytorch.loggers import TensorBoardLogger
+from peft import set_peft_model_state_dict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import PrinterCallback, TrainerCallback
+from safetensors.torch import load_file
+from transformers import PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.rloo_trainer import RLOOTrainer
@@ -27,8 +29,8 @@ from nabla_rl.modules.align_trl_search import SearchRollouts, build_search_train
 from nabla_rl.modules.aligner import EVALUATIONS, PolicyAligner
 from nabla_rl.types import UserError
 
-COST = "cost.json"
-"""In a checkpoint: what the run has cost so far, as far as this package counts it."""
+OURS = "nabla_rl.json"
+"""In a checkpoint: what the run has cost, as far as this package counts it, and whether it has come to its end."""
 
 
 class Report(TrainerCallback):
@@ -67,12 +69,14 @@ class Report(TrainerCallback):
             self.module.evaluate_step(state.global_step)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put beside TRL's checkpoint what TRL does not count: the rewards' operations, and the time."""
+        """Put beside TRL's checkpoint what TRL does not know: the rewards' operations, the time, and the end by KL."""
         if state.is_world_process_zero:
             folder = get_last_checkpoint(args.output_dir)
             assert folder is not None
-            spent = {"flops": self.module.flops, "seconds": self.module.seconds}
-            (Path(folder) / COST).write_text(json.dumps(spent), encoding="utf-8")
+            module = self.module
+            known = {"flops": module.flops, "seconds": module.seconds}
+            known |= {"stopped": module.stopped, "stopped_at": module.stopped_at}
+            (Path(folder) / OURS).write_text(json.dumps(known), encoding="utf-8")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Write a line, and see to the KL."""
@@ -137,9 +141,15 @@ def fit_with_trl(module: PolicyAligner, folder: Path) -> None:
     trainer = build_trl_trainer(module, folder)
     trainer.add_callback(Report(module, folder))
     last = get_last_checkpoint(str(folder / "trl")) if (folder / "trl").is_dir() else None
-    if last is not None and (Path(last) / COST).is_file():
-        spent = json.loads((Path(last) / COST).read_text(encoding="utf-8"))
-        module.flops_before, module.seconds_before = spent["flops"], spent["seconds"]
+    if last is not None and (Path(last) / OURS).is_file():
+        known = json.loads((Path(last) / OURS).read_text(encoding="utf-8"))
+        module.flops_before, module.seconds_before = known["flops"], known["seconds"]
+        module.stopped, module.stopped_at = known["stopped"], known["stopped_at"]
+    if last is not None and module.stopped:  # it had gone too far when it was interrupted
+        set_peft_model_state_dict(module.adapter.peft, load_file(Path(last) / "adapter_model.safetensors"))
+        module.started = time.perf_counter()
+        count_cost(module, TrainerState.load_from_json(str(Path(last) / "trainer_state.json")))
+        return
     try:
         trainer.train(resume_from_checkpoint=last)
     except RuntimeError as error:

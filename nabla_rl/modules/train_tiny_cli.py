@@ -273,11 +273,13 @@ def main(arguments: list[str]) -> int:
     if card is not None:
         if card not in FAMILIES:
             raise UserError(f"--card: expected one of {', '.join(FAMILIES)}, found {card!r}.")
-        problems = int(_value_of(arguments, "--card_problems") or 400)
-        print(write_card(FAMILIES[card], ASSETS / card, num_problems=problems))  # noqa: T201
+        problems = _value_of(arguments, "--card_problems") or "400"
+        if not problems.isdigit() or not int(problems):
+            raise UserError(f"--card_problems: expected a whole number of at least 1, found {problems!r}.")
+        print(write_card(FAMILIES[card], ASSETS / card, num_problems=int(problems)))  # noqa: T201
         return 0
     config = parser.parse_args(arguments)
-    options = parser.instantiate_classes(config)["model"]
+    options = parser.instantiate(config)["model"]
     output = train(options, run_dir=config.run_dir, accelerator=config.accelerator)
     print(f"saved to {output}")  # noqa: T201
     return 0

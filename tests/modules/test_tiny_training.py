@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from itertools import islice
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -11,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from nabla_rl import cli
 from nabla_rl.data.tiny import SORTING, STEP, WORDS, Family, build_tokenizer, generate, slip_word_solution
 from nabla_rl.models.policy import Policy
 from nabla_rl.modules.tiny import SolutionBatches, TinyPretraining, warmup_stable_decay
@@ -24,6 +26,8 @@ from nabla_rl.modules.tiny_judge import (
     token_weights,
     with_fresh_layers,
 )
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "train_tiny"
 
 
 def language_model(family: Family = SORTING) -> LlamaForCausalLM:
@@ -197,3 +201,27 @@ def test_stopped_and_continued_gives_the_weights_of_an_unbroken_run(build, tmp_p
     trainer(5).fit(resumed, ckpt_path=str(tmp_path / "last.ckpt"))
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            "--config sorting/tiny-reward.yaml --model.judge.policy nobody/none",
+            "--model.judge.policy: expected a folder",
+        ),
+        ("--config sorting/tiny-reward.yaml --model.judge.base ./none", "--model.judge.base: expected a model folder"),
+        (
+            "--config sorting/tiny-taught.yaml --model.taught.judge nobody/none",
+            "--model.taught.judge: expected a folder",
+        ),
+        ("--card words --card_problems many", "--card_problems: expected a whole number of at least 1, found 'many'"),
+        ("--card chess", "--card: expected one of words, sorting, found 'chess'"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_option(options, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = [str(CONFIGS / word) if word.endswith(".yaml") else word for word in options.split()]
+    assert cli.train_tiny(words) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"error: {said}"), lines
