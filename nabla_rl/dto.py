@@ -42,10 +42,17 @@ class DTOConfig:
     """Where the cosine ends, after `num_steps`. The schedule never rises: a smaller `step_size` stays as it is."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Step size over the steps; the cosine is torch's `CosineAnnealingLR`."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Update rule: AdamW, or plain gradient descent (no momentum)."""
+    optimizer: Literal["adamw", "sgd", "exponentiated"] = "adamw"
+    """Update rule: AdamW, plain gradient descent (no momentum), or exponentiated gradient, which is descent by ∂L/∂y
+    itself. Its step of 1 with `weight_decay` 1 gives the first-order Gibbs conditional softmax(-∂L/∂y_i)."""
+    trust_region: float | None = None
+    """KL in nats by which each update changes each position's distribution, in place of step size and schedule ("sgd"
+    and "exponentiated"). None: the step sizes."""
+    hidden_states: bool = False
+    """Whether the policy's last hidden states are moved in place of its logits ("sgd"; needs `unembedding`)."""
     weight_decay: float = 0.01
-    """Decoupled decay of the logits, times the step size (torch's AdamW default; the paper states none)."""
+    """Decoupled decay of the logits, times the step size (torch's AdamW default; the paper states none). With
+    "exponentiated" it is the weight of the entropy: see docs/methods/dto.md."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of AdamW's moments (torch's defaults)."""
     eps: float = 1e-8
@@ -82,6 +89,11 @@ class DTOConfig:
             _require(self.__dict__[name] in known, name, f"one of {', '.join(known)}", self.__dict__[name])
         noisy = F.RELAXATIONS[self.relaxation].noisy
         _require(noisy or not self.fresh_noise, "fresh_noise", "False without relaxation='gumbel_softmax'", True)
+        region, moments = self.trust_region, F.UPDATE_RULES[self.optimizer].moments
+        _require(region is None or 0 <= region < math.inf, "trust_region", "at least 0 and finite, or None", region)
+        _require(region is None or not moments, "trust_region", "None with optimizer='adamw'. Use 'sgd'", region)
+        linear = f"False with optimizer='{self.optimizer}'. Use 'sgd', whose steps are linear in the gradient"
+        _require(self.optimizer == "sgd" or not self.hidden_states, "hidden_states", linear, True)
         exact = "None or False with relaxation='softmax' or fresh_noise=True, where tokens change at every step"
         _require(self.cacheable or not self.caching, "caching", exact, self.caching)
 
@@ -167,7 +179,8 @@ def init(
     logits = logits.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
     mask, unknown = mask.clone(), logits.new_full((len(logits),), math.nan)
     noise = _draw_noise(logits, generator) if F.RELAXATIONS[config.relaxation].noisy else None
-    moments = [torch.zeros_like(logits) if config.optimizer == "adamw" else None for _ in range(2)]
+    has_moments = F.UPDATE_RULES[config.optimizer].moments
+    moments = [torch.zeros_like(logits) if has_moments else None for _ in range(2)]
     gradient, tokens, movable = torch.zeros_like(logits), F.argmax(_perturb(logits, noise)), mask.any(dim=1)
     optimised = (logits, mask, noise, moments[0], moments[1])
     return DTOState(
@@ -185,11 +198,17 @@ def step(
     generator: torch.Generator | None = None,
     *,
     donate: bool = False,
+    unembedding: Float[Tensor, "support hidden"] | None = None,
 ) -> tuple[DTOState, DTOInfo]:
     """One update of the logits, at the price of a forward and backward of both models for the rows that need it.
 
-    `donate=True` reuses the big tensors of `state`, which must not be used again. `generator` serves `fresh_noise`.
+    `donate=True` reuses the big tensors of `state`, which must not be used again. `generator` serves `fresh_noise`,
+    `unembedding` (the matrix that makes logits of hidden states) serves `hidden_states`.
     """
+    fits = unembedding is not None and len(unembedding) == state.logits.shape[-1]
+    expected = f"a matrix of {state.logits.shape[-1]} rows with hidden_states=True, one for each token of the support"
+    found = None if unembedding is None else tuple(unembedding.shape)
+    _require(fits or not config.hidden_states, "unembedding", expected, found)
     evaluated = state.finite & ~state.converged
     if config.cacheable and config.caching is not False:
         evaluated = evaluated & state.stale
@@ -209,7 +228,7 @@ def step(
         noise = torch.where(moving[:, None, None], _draw_noise(state.logits, generator), noise)
     logits = _own(state.logits, donate)
     moments = [None if x is None else _own(x, donate) for x in (state.first_moment, state.second_moment)]
-    tokens, moved = _descend(state, logits, moments, noise, active, config)
+    tokens, moved = _descend(state, logits, moments, noise, active, config, unembedding)
     converged = state.converged
     if config.tolerance > 0:
         converged = converged | (moving & ~moved.any(dim=1))
@@ -229,6 +248,8 @@ def run(
     reward_fn: RewardFn | None,
     config: DTOConfig,
     generator: torch.Generator | None = None,
+    *,
+    unembedding: Float[Tensor, "support hidden"] | None = None,
 ) -> DTOOutput:
     """Optimise `config.num_steps` steps, or until every row is frozen, and keep the best tokens seen."""
     state = init(logits, mask, config, generator)
@@ -241,7 +262,7 @@ def run(
 
     while state.step < config.num_steps and bool((state.finite & ~state.converged).any()):
         tokens = state.tokens
-        state, info = step(state, log_probs_fn, reward_fn, config, generator, donate=True)
+        state, info = step(state, log_probs_fn, reward_fn, config, generator, donate=True, unembedding=unembedding)
         infos.append(info)
         best_tokens, best_energy = keep_best(tokens, info.energy)
     scored = state.stale & state.finite if infos else torch.zeros_like(state.stale)
@@ -264,6 +285,7 @@ def _descend(
     noise: Tensor | None,
     active: Tensor,
     config: DTOConfig,
+    unembedding: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Update logits and moments in place, a few positions at a time so that they stay in the processor's cache.
 
@@ -271,6 +293,7 @@ def _descend(
     """
     size, tokens, moved = config.step_size_at(state.step), state.tokens.clone(), torch.zeros_like(active)
     rule = F.UPDATE_RULES[config.optimizer]
+    decay = 0.0 if config.trust_region is not None else size * config.weight_decay
     settings = {"step_size": size, "weight_decay": config.weight_decay, "betas": config.betas, "eps": config.eps}
     big = [None if x is None else x.flatten(0, 1) for x in (logits, *moments, state.gradient, state.noise, noise)]
     tokens_flat, moved_flat, places = tokens.flatten(), moved.flatten(), active.flatten().nonzero().squeeze(1)
@@ -282,18 +305,26 @@ def _descend(
         z, first, second, gradient, old_noise, new_noise = (None if x is None else x[here] for x in big)
         assert z is not None and gradient is not None
         before = z.clone() if config.tolerance > 0 else z
-        gradient = F.straight_through_vjp(
-            _perturb(z, old_noise), gradient, config.tau, likeliest=state.tokens.flatten()[here],
-            out=(space[0][: len(z)], space[1][: len(z)]),
-        )  # fmt: skip
-        rule(z, gradient, first, second, step=state.step, **settings)
+        if not rule.natural:
+            gradient = F.straight_through_vjp(
+                _perturb(z, old_noise), gradient, config.tau, likeliest=state.tokens.flatten()[here],
+                out=(space[0][: len(z)], space[1][: len(z)]),
+            )  # fmt: skip
+        if config.hidden_states:
+            assert unembedding is not None
+            # a step of -η ∂L/∂h = -η Wᵀd of the hidden states h moves the logits W h by -η W Wᵀ d, exactly
+            gradient = ((gradient.to(unembedding.dtype) @ unembedding) @ unembedding.T).to(z.dtype)
+        if config.trust_region is None:
+            rule.update(z, gradient, first, second, step=state.step, **settings)
+        else:
+            F.trust_region_(z, gradient, trust_region=config.trust_region, weight_decay=config.weight_decay)
         if not every:  # then these are copies
             for whole, part in zip(big[:3], (z, first, second), strict=True):
                 if whole is not None and part is not None:
                     whole[here] = part
         tokens_flat[here] = F.follow_argmax(_perturb(z, new_noise), tokens_flat[here])
         if config.tolerance > 0:
-            moved_flat[here] = ((z - before * (1.0 - size * config.weight_decay)).abs() >= config.tolerance).any(-1)
+            moved_flat[here] = ((z - before * (1.0 - decay)).abs() >= config.tolerance).any(-1)
     return tokens, moved
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nabla_rl import dto
 from nabla_rl.dto import DTOConfig
-from nabla_rl.functional import expected_logps, gumbel_softmax, one_hot_argmax, soft, straight_through
+from nabla_rl.functional import expected_logps, gumbel_softmax, one_hot_argmax, reverse_kl, soft, straight_through
 from nabla_rl.types import Outcome
 from tests.toys import EnumerablePolicy, EnumerableReward, ToyPolicy, ToyReward
 
@@ -32,6 +32,10 @@ def problem(lengths: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor, To
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(*mask.shape, VOCAB, generator=generator, dtype=torch.float64)
     return logits, mask, ToyPolicy(VOCAB, rows=len(lengths), seed=seed), ToyReward(mask, VOCAB, seed=seed + 1)
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def run_alone(row: int, length: int, logits: Tensor, policy: ToyPolicy, reward: ToyReward, config: DTOConfig) -> Any:
@@ -79,6 +83,113 @@ def test_a_run_equals_torch_optim_through_autograd(relaxation: str, optimizer: s
         torch.testing.assert_close(info.energy, energy.detach(), rtol=0, atol=1e-10)
         torch.testing.assert_close(state.logits, z.detach(), rtol=0, atol=1e-10)
     assert (z - logits).abs().max() > 0.5
+
+
+def test_exponentiated_gradient_multiplies_the_probabilities() -> None:
+    """A step is p ← p^(1 - ηw) exp(-η ∂L/∂y) / Z, whatever τ."""
+    logits, mask, policy, reward = problem((4, 3))
+    config = replace(FAST, optimizer="exponentiated", step_size=0.4, weight_decay=0.5, tau=0.3)
+    state, _ = dto.step(dto.init(logits, mask, config), policy, reward, config)
+    p = logits.softmax(-1).pow(1 - 0.4 * 0.5) * (-0.4 * state.gradient).exp()
+    torch.testing.assert_close(state.logits.softmax(-1)[mask], (p / p.sum(-1, keepdim=True))[mask])
+
+
+def test_one_exponentiated_step_is_the_first_order_gibbs_conditional() -> None:
+    """A step of 1 with decay 1 gives softmax(-g) from any logits, as does one of 1 without decay and without the
+    prefix piece from the policy's own; a step of 1 of plain gradient descent does not."""
+    logits, mask, policy, reward = problem((4, 3))
+    rule = {"optimizer": "exponentiated", "step_size": 1.0, "schedule": "constant", "beta": 0.7}
+    whole = DTOConfig(**rule, weight_decay=1.0)
+    state, _ = dto.step(dto.init(logits, mask, whole), policy, reward, whole)
+    gibbs = (-state.gradient).softmax(-1)[mask]
+    torch.testing.assert_close(state.logits.softmax(-1)[mask], gibbs)
+    # the same completion, now from the policy's log-probabilities along it, offset so that it is the argmax
+    y = one_hot_argmax(logits)
+    own = policy(y, torch.arange(2))
+    for config, same in (
+        (DTOConfig(**rule, weight_decay=0.0, prefix=False), True),
+        (DTOConfig(**rule, weight_decay=0.0), False),
+        (DTOConfig(**{**rule, "optimizer": "sgd"}, weight_decay=0.0), False),
+    ):
+        start = dto.init(own, mask, config)._replace(noise=100 * y, tokens=y.argmax(-1))
+        moved, _ = dto.step(start, policy, reward, config)
+        found = moved.logits.softmax(-1)[mask]
+        assert ((found - gibbs).abs().max() < 1e-9) == same
+
+
+def test_the_gibbs_conditional_is_exact_where_the_energy_is_linear() -> None:
+    """At the last token, with a reward linear in it, softmax(-g) is the tilted policy's own conditional."""
+    policy, reward, beta = EnumerablePolicy(), EnumerableReward(), 0.5
+    config = DTOConfig(optimizer="exponentiated", step_size=1.0, schedule="constant", weight_decay=1.0, beta=beta)
+    tilted = (policy.logps() + reward.rewards() / beta).view(3, 3).log_softmax(-1)
+    for first in range(3):
+        logits = torch.zeros(1, 2, 3, dtype=torch.float64)
+        logits[0, 0, first] = 1.0
+        state, _ = dto.step(dto.init(logits, torch.ones(1, 2, dtype=torch.bool), config), policy, reward, config)
+        torch.testing.assert_close(state.logits[0, 1].log_softmax(-1), tilted[first])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "exponentiated"])
+@pytest.mark.parametrize("relaxation", ["straight_through", "gumbel_softmax", "softmax"])
+def test_every_step_changes_every_position_by_the_trust_region(optimizer: str, relaxation: str) -> None:
+    """Each update moves each position's law by the divergence asked for; padding stays; step sizes do not matter."""
+    logits, mask, policy, reward = problem((5, 3))
+    config = DTOConfig(5, optimizer=optimizer, relaxation=relaxation, weight_decay=0.0, trust_region=0.03, beta=0.3)
+    state = dto.init(logits, mask, config, torch.Generator().manual_seed(0))
+    for _ in range(config.num_steps):
+        new, _ = dto.step(state, policy, reward, config)
+        old = state.logits.log_softmax(-1)
+        kl, best = reverse_kl(new.logits.log_softmax(-1), old), (new.logits - state.logits).argmax(-1)
+        # less only where all that the direction can do is done: all of the probability is on its best token
+        most = -0.999 * old.gather(-1, best[..., None]).squeeze(-1)
+        torch.testing.assert_close(kl[mask], most.clamp(max=0.03)[mask], rtol=0, atol=1e-6)
+        assert (most[mask] > 0.03).sum() >= 5 and bool((kl[~mask] == 0).all())
+        state = new
+    other = dto.run(logits, mask, policy, reward, replace(config, step_size=7.0, relaxation="straight_through"))
+    if relaxation == "straight_through":
+        assert torch.equal(other.logits, state.logits)
+    still = dto.run(logits, mask, lambda y, rows: torch.zeros_like(y), None, config)
+    assert torch.equal(still.logits, logits)
+
+
+@pytest.mark.parametrize("relaxation", ["straight_through", "softmax"])
+def test_hidden_states_move_as_by_autograd_through_them(relaxation: str) -> None:
+    """Steps of W Wᵀ d on the logits equal torch's SGD on the hidden states h of logits W h + b."""
+    _, mask, policy, reward = problem((4, 4))
+    weight, bias = drawn(VOCAB, 3), drawn(VOCAB, seed=1)
+    hidden = drawn(2, 4, 3, seed=2).requires_grad_()
+    config = replace(
+        FAST, num_steps=10, optimizer="sgd", relaxation=relaxation, weight_decay=0.0, tau=0.7, hidden_states=True
+    )
+    reference = torch.optim.SGD([hidden], lr=config.step_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(reference, config.num_steps, eta_min=config.final_step_size)
+    state = dto.init((hidden @ weight.T + bias).detach(), mask, config)
+    relax = {"straight_through": straight_through, "softmax": soft}[relaxation]
+    for _ in range(config.num_steps):
+        y = relax(hidden @ weight.T + bias, config.tau)
+        energy = -expected_logps(y, policy(y, torch.arange(2)), mask) - reward(y, torch.arange(2)) / config.beta
+        reference.zero_grad()
+        energy.sum().backward()
+        reference.step()
+        schedule.step()
+        state, _ = dto.step(state, policy, reward, config, unembedding=weight)
+        torch.testing.assert_close(state.logits, (hidden @ weight.T + bias).detach(), rtol=0, atol=1e-10)
+    free = dto.run(state.logits, mask, policy, reward, replace(config, hidden_states=False))
+    tied = dto.run(state.logits, mask, policy, reward, config, unembedding=weight)
+    assert (free.logits - tied.logits).abs().max() > 1e-3
+
+
+def test_hidden_states_need_their_unembedding() -> None:
+    """Without the matrix, with one of another size, or with AdamW, one line says what is missing."""
+    logits, mask, policy, reward = problem((2,))
+    config = replace(FAST, optimizer="sgd", hidden_states=True)
+    with pytest.raises(ValueError, match=f"^`unembedding` must be a matrix of {VOCAB} rows .+, got None"):
+        dto.run(logits, mask, policy, reward, config)
+    with pytest.raises((ValueError, TypeError), match="unembedding"):
+        dto.run(logits, mask, policy, reward, config, unembedding=drawn(VOCAB + 1, 3))
+    for optimizer in ("adamw", "exponentiated"):
+        with pytest.raises(ValueError, match="^`hidden_states` must be False with optimizer='"):
+            DTOConfig(optimizer=optimizer, hidden_states=True)  # type: ignore[arg-type]
 
 
 def test_step_sizes() -> None:
@@ -263,7 +374,7 @@ def test_no_steps_return_the_logits() -> None:
     assert bool(output.best_energy.isnan().all()) and output.evaluations.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "exponentiated"])
 def test_zero_step_size_is_a_fixed_point(optimizer: str) -> None:
     """At step size 0 nothing moves, weight decay included, and one evaluation serves all steps."""
     logits, mask, policy, reward = problem((4, 2))
@@ -492,6 +603,8 @@ def test_inference_mode_and_no_grad_do_not_matter() -> None:
         ("beta", 0.0),
         ("beta", math.nan),
         ("fresh_noise", True),
+        ("trust_region", 0.1),
+        ("hidden_states", True),
     ],
 )
 def test_config_errors_name_the_field(name: str, value: Any) -> None:

@@ -88,6 +88,8 @@ class Decoded:
         counts: further counts of the decoder's own (positions visited, gradients served from the cache, …).
         curve: after each step, what had been spent and which rollout would have been the answer; the last point is
             this answer and its whole cost.
+        proposal_kl: for the published loop, KL(law ‖ policy) of the law that a position's new token is drawn from,
+            mean over the positions visited; None where there were none.
     """
 
     problem_id: str
@@ -102,6 +104,7 @@ class Decoded:
     accepted: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     curve: list[Point] = field(default_factory=list)
+    proposal_kl: float | None = None
 
 
 class AbstractDecoder(ABC):

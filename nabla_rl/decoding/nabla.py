@@ -24,6 +24,7 @@ acceptance rate is over proposals; every model call is booked.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -48,6 +49,7 @@ from nabla_rl.decoding.base import (
 from nabla_rl.decoding.budget import Budget
 from nabla_rl.decoding.probing import Search, objective_of, probe, start_at
 from nabla_rl.dto import DTOConfig
+from nabla_rl.functional.kl import reverse_kl
 from nabla_rl.functional.logps import categorical_from_uniform, selective_log_softmax, top_p_filter
 from nabla_rl.functional.relaxation import sample_gumbel
 from nabla_rl.functional.seeding import seeded_generator
@@ -93,6 +95,11 @@ class Nabla(AbstractDecoder):
             raise UserError(
                 "nabla.dto.fresh_noise: expected false, found true. Decoding draws its noise once a position."
             )
+        if self.dto.hidden_states and self.support is not None:
+            raise UserError(
+                f"nabla.support: expected null with nabla.dto.hidden_states, found {self.support}. Hidden states move "
+                "the logits of all tokens."
+            )
         if self.support is not None and self.support < 2:
             raise UserError(f"nabla.support: expected at least 2 tokens, or null for all, found {self.support}.")
 
@@ -112,7 +119,8 @@ class Nabla(AbstractDecoder):
             ]
             unknown = [search for search in active if search.gradient is None]
             if unknown and self._needs_gradient:
-                starts = [s.position if s.sweep + 1 == self.sweeps else 0 for s in unknown]
+                # no position before the first that is picked is ever visited, in this sweep or a later one
+                starts = [s.position if s.sweep + 1 == self.sweeps else self._first(s) for s in unknown]
                 with ledger.phase("probe"):
                     probe(
                         unknown, starts, policy, reward, self._config(), self.support if self._lean(policy) else None
@@ -175,6 +183,10 @@ class Nabla(AbstractDecoder):
         search.position += skipped
         return len(later) > 0
 
+    def _first(self, search: Search) -> int:
+        """The first position that a search can visit while its completion stays as it is."""
+        return int(self._picked(search).nonzero()[0])
+
     def _picked(self, search: Search) -> Tensor:
         """Which positions the selector picks, (length,), as far as is known."""
         picked = search.entropy > self.min_entropy
@@ -189,18 +201,21 @@ class Nabla(AbstractDecoder):
     def _advance(self, searches: list[Search], policy: Policy, reward: AbstractReward, ledger: Ledger) -> None:
         """DTO at each search's position, a new token for it, a rollout where the token changed, and the decision."""
         z_first, supports, norms = self._optimise(searches, policy, reward, ledger)
+        own_first = [self._own_logits(s, z) for s, z in zip(searches, z_first, strict=True)]
         changed, tokens, first_logps = [], [], []
-        for search, z, support, norm in zip(searches, z_first, supports, norms, strict=True):
+        for search, z, own, support, norm in zip(searches, z_first, own_first, supports, norms, strict=True):
             search.counts["visited"] += 1
             current = int(search.ids[search.position])
             key = (search.problem.id, "resample", search.sweep, search.position, len(search.tried))
             generator = seeded_generator(self.seed, *key)
             if self.resample_temperature == 0:
                 index, logps = z.argmax(), torch.zeros_like(z)
+                law = torch.full_like(z, -math.inf).index_fill_(0, index, 0.0)
             else:
                 filtered = top_p_filter(z[None] / self.resample_temperature, self.resample_top_p)
                 index = categorical_from_uniform(filtered, torch.rand(1, generator=generator).to(z.device))[0]
-                logps = filtered[0].log_softmax(-1)
+                logps = law = filtered[0].log_softmax(-1)
+            search.proposal_kl += float(reverse_kl(law, own.log_softmax(-1)))
             token = int(index if support is None else support[index])
             if token == current:
                 search.counts["unchanged"] += 1
@@ -260,9 +275,14 @@ class Nabla(AbstractDecoder):
             ]
             noise = torch.stack(drawn).to(logits)
             state = state._replace(noise=noise, tokens=(state.logits + noise).argmax(-1))
+        unembedding = policy.head_weight if config.hidden_states else None
         with ledger.phase("dto"):
             for _ in range(config.num_steps):
-                state, info = dto.step(state, objective.log_probs, objective.rewards, config, donate=True)
+                state, info = dto.step(
+                    state, objective.log_probs, objective.rewards, config, donate=True, unembedding=unembedding
+                )
+                if config.hidden_states:  # the head is applied twice, to hidden states and back
+                    policy.backbone.record_head(objective.policy_prefix, 2 * objective.mask.sum(-1))
                 for search, evaluated, flips in zip(
                     searches, info.evaluated.tolist(), info.flips.tolist(), strict=True
                 ):
@@ -274,6 +294,14 @@ class Nabla(AbstractDecoder):
                 ]
                 ledger.record_cached(torch.tensor(served, dtype=torch.int64))
         return list(state.logits[:, 0]), firsts, [g[0].norm() for g in gradients]
+
+    def _own_logits(self, search: Search, optimised: Tensor) -> Tensor:
+        """The policy's logits of the tokens that `optimised` is about, at a search's position."""
+        if self.dto.num_steps == 0:
+            return optimised
+        if search.support_logits is None:
+            return search.logits[search.position]
+        return search.support_logits[search.position - search.gradient_from]
 
     def _first_logits(self, search: Search, policy: Policy) -> Tensor:
         """The policy's logits at a search's position, (vocab,)."""
@@ -390,9 +418,9 @@ def _candidate(policy: Policy, search: Search) -> Candidate:
 
 
 def _finish(search: Search) -> Decoded:
-    final = search.tried[search.chosen]
+    final, visited = search.tried[search.chosen], search.counts["visited"]
     return Decoded(
         search.problem.id, final.text, final.ids, search.finished, final.logps, search.reward, search.tried,
         search.trace, len(search.trace), sum(edit.accepted for edit in search.trace), dict(search.counts),
-        search.curve,
+        search.curve, search.proposal_kl / visited if visited else None,
     )  # fmt: skip

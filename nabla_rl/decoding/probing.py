@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -53,6 +53,7 @@ class Search:
     curve: list[Point] = field(default_factory=list)
     trace: list[Edit] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)
+    proposal_kl: float = 0.0  # Σ over the positions visited, KL(law the new token is drawn from ‖ policy)
 
     def mark(self, ledger: Ledger) -> None:
         """Add the point that the search has come to, where it moved."""
@@ -123,7 +124,8 @@ def probe(
     state = dto.init(logits, objective.mask, config)
     state = start_at(state, ids if support is None else (support == ids[..., None]).int().argmax(-1))
     # one update is made and thrown away: what is wanted is the gradient that it evaluates
-    state, _ = dto.step(state, objective.log_probs, objective.rewards, config)
+    plain = replace(config, trust_region=None, hidden_states=False)
+    state, _ = dto.step(state, objective.log_probs, objective.rewards, plain)
     assert state.gradient is not None
     for row, search in enumerate(searches):
         real = objective.mask[row]

@@ -45,7 +45,16 @@ from nabla_rl.functional.relaxation import (
 )
 from nabla_rl.functional.seeding import seeded_generator
 from nabla_rl.functional.support import build_support
-from nabla_rl.functional.update_rules import SCHEDULES, UPDATE_RULES, adamw_, cosine_decay, sgd_
+from nabla_rl.functional.update_rules import (
+    SCHEDULES,
+    UPDATE_RULES,
+    UpdateRule,
+    adamw_,
+    cosine_decay,
+    kl_step_size,
+    sgd_,
+    trust_region_,
+)
 
 __all__ = [
     "IMPOSSIBLE_LOGP",
@@ -54,6 +63,7 @@ __all__ = [
     "SCHEDULES",
     "UPDATE_RULES",
     "Relaxation",
+    "UpdateRule",
     "adamw_",
     "argmax",
     "build_completion_mask",
@@ -75,6 +85,7 @@ __all__ = [
     "gumbel_softmax",
     "hard_tokens",
     "kl_estimate",
+    "kl_step_size",
     "last_valid_index",
     "leave_one_out_advantages",
     "left_align_index",
@@ -98,5 +109,6 @@ __all__ = [
     "straight_through_vjp",
     "tilted_log_probs",
     "top_p_filter",
+    "trust_region_",
     "upcast",
 ]

@@ -203,6 +203,7 @@ class DecodeGrid(AbstractStudy):
                     **{name: [result[key] for result in mine] for name, key in kept.items()},
                     "flops": [result["cost"]["flops"] for result in mine],
                     "acceptance_rate": summarise(mine, [name])[0]["acceptance_rate"],
+                    "proposal_kl": _proposal_kl(mine),
                 }
             )
         return rows
@@ -215,6 +216,12 @@ class DecodeGrid(AbstractStudy):
         ]
         figures = write_grid_figure(table, [name for name in rows[0]["values"]], folder / "figures") if table else []
         return Report(table, figures=figures)
+
+
+def _proposal_kl(results: Sequence[Row]) -> float | None:
+    """How far the laws that new tokens were drawn from are from the policy, mean over positions of all problems."""
+    parts = [(r["proposal_kl"], r["counts"]["visited"]) for r in results if r.get("proposal_kl") is not None]
+    return sum(kl * count for kl, count in parts) / sum(count for _, count in parts) if parts else None
 
 
 def _against(group: Sequence[Row], rows: Sequence[Row], first: str | None) -> Row:
@@ -273,6 +280,7 @@ def _over_seeds(group: Sequence[Row]) -> Row:
     for name, key in (("flops", "flops"), ("seconds", "seconds")):
         row[name] = mean([value for member in group for value in member[key]])
     row["acceptance_rate"] = mean([member["acceptance_rate"] for member in group])
+    row["proposal_kl"] = mean([member.get("proposal_kl") for member in group])
     return row
 
 

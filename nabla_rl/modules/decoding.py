@@ -293,6 +293,7 @@ class Decoding(L.LightningModule):
             "proposals": result.proposals,
             "accepted": result.accepted,
             "counts": result.counts,
+            "proposal_kl": result.proposal_kl,
             "trace": [asdict(edit) for edit in result.trace],
             "curve": [plain_point(point) for point in curve_of(result, ledger, index)],
             "cost": {

@@ -13,6 +13,7 @@ from nabla_rl.data.problems import Problem
 from nabla_rl.decoding import Decoded, Nabla, Sampling
 from nabla_rl.decoding import nabla as module
 from nabla_rl.decoding.acceptance import Standing
+from nabla_rl.decoding.budget import Budget
 from nabla_rl.decoding.objective import Objective, choose_support, gradient_candidates
 from nabla_rl.dto import DTOConfig
 from nabla_rl.functional.energy import energy_gradient
@@ -20,6 +21,7 @@ from nabla_rl.ledger import Ledger
 from nabla_rl.models.policy import Policy
 from nabla_rl.rewards.likelihood import LikelihoodReward
 from nabla_rl.rewards.sequence_classifier import SequenceClassifierReward
+from nabla_rl.types import UserError
 from tests import toys_hf as toys
 
 STEPS = {"num_steps": 4, "step_size": 1.0, "final_step_size": 1.0}
@@ -224,6 +226,63 @@ def test_model_calls_are_what_the_trace_implies(support: int | None):
         assert cost("policy", "dto").calls <= result.counts.get("dto_evaluations", 0)
         if decoder.sweeps == 1:
             assert probes <= 1 + result.accepted
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "exponentiated"])
+def test_proposals_are_as_far_from_the_policy_as_the_trust_region_says(optimizer: str):
+    """One step in a trust region: the law of the new token is that far from the policy, at every position visited."""
+    step = DTOConfig(1, optimizer=optimizer, weight_decay=0.0, trust_region=0.07)  # type: ignore[arg-type]
+    for support in (None, 6):
+        results, _ = decode(replace(NABLA, dto=step, support=support), toys.problems(6))
+        assert all(r.proposal_kl == pytest.approx(0.07, abs=1e-4) for r in results if r.counts.get("visited", 0))
+        assert any(r.counts.get("visited", 0) > 1 for r in results)
+
+
+def test_without_a_gradient_proposals_are_as_far_as_their_temperature_says():
+    """At T = 0 the law of the new token is the policy (KL 0), or the policy sharpened: KL(p^(1/τ)/Z ‖ p)."""
+    results, _ = decode(POLICY_ONLY, toys.problems(4))
+    assert all(r.proposal_kl == pytest.approx(0.0, abs=1e-6) for r in results if r.counts.get("visited", 0))
+    problem, policy = toys.problems(1)[0], toys.policy()
+    (result,), _ = decode(replace(POLICY_ONLY, budget=Budget(rollouts=1)), [problem])
+    assert result.proposal_kl is None  # no position was visited
+    for temperature in (0.5, 0.0):
+        decoder = replace(POLICY_ONLY, resample_temperature=temperature, max_rollouts=2, min_entropy=0.0)
+        (result,), _ = decode(decoder, [problem])
+        ids, visited = result.rollouts[0].ids, result.counts["visited"]
+        own = toys.reference_log_probs(policy.backbone.model, policy.encode_prompt(problem.problem), ids)
+        # up to the first edit, after which the search ends: positions 0, 1, … of the first rollout
+        kl = [float(-row.max()) if temperature == 0 else float(_sharpened(row, temperature)) for row in own[:visited]]
+        assert result.proposal_kl == pytest.approx(sum(kl) / visited, abs=1e-4)
+
+
+def _sharpened(log_probs: torch.Tensor, temperature: float) -> torch.Tensor:
+    new = (log_probs / temperature).log_softmax(-1)
+    return (new.exp() * (new - log_probs)).sum()
+
+
+def test_hidden_states_are_moved_in_place_of_logits():
+    """Hidden states give other proposals than logits at an equal divergence, cost two heads a position and step more,
+    and need the whole vocabulary."""
+    step = DTOConfig(1, optimizer="sgd", weight_decay=0.0, trust_region=0.3)
+    plain, hidden = (replace(NABLA, dto=replace(step, hidden_states=flag)) for flag in (False, True))
+    (one, free), (two, tied) = (decode(decoder, toys.problems(6)) for decoder in (plain, hidden))
+    assert [r.trace for r in one] != [r.trace for r in two]
+    # less only where the best token is too likely for a divergence of 0.3
+    assert max(r.proposal_kl or 0.0 for r in two) == pytest.approx(0.3, abs=1e-4)
+    assert free.cost(0, model="policy", phase="dto").flops == 0 < tied.cost(0, model="policy", phase="dto").flops
+    with pytest.raises(UserError, match=r"nabla\.support: expected null with nabla\.dto\.hidden_states, found 5"):
+        replace(hidden, support=5)
+
+
+def test_gradients_start_where_the_first_visit_can_be(monkeypatch: pytest.MonkeyPatch):
+    """Positions before the first one that is picked are read as a prefix, which changes the FLOPs and nothing else."""
+    decoder = replace(NABLA, sweeps=3, min_entropy=1.2)
+    short, cheap = decode(decoder, toys.problems(8))
+    monkeypatch.setattr(Nabla, "_first", lambda self, search: 0)
+    long, dear = decode(decoder, toys.problems(8))
+    assert [r.ids for r in short] == [r.ids for r in long] and [r.counts for r in short] == [r.counts for r in long]
+    costs = [[ledger.cost(i, phase="probe").flops for i in range(8)] for ledger in (cheap, dear)]
+    assert all(a <= b for a, b in zip(*costs, strict=True)) and sum(costs[0]) < sum(costs[1])
 
 
 def test_a_selector_that_picks_nothing_leaves_the_sample():
