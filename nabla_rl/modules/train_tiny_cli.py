@@ -213,6 +213,13 @@ def _language_model(options: TrainTinyOptions) -> TinyPretraining:
     return TinyPretraining(LlamaForCausalLM(config), tokenizer, family, **_schedule(options))
 
 
+def _not_a_llama(option: str, model: PreTrainedModel) -> UserError:
+    return UserError(
+        f"--{option}: expected a Llama model, whose layers can be added to, found a {type(model).__name__}. Use a "
+        "Llama model, or teach a judge that is there already (docs/taught_judge.md)."
+    )
+
+
 def _judge(options: TrainTinyOptions) -> TinyJudge:
     assert options.judge is not None
     cpu = torch.device("cpu")
@@ -221,13 +228,15 @@ def _judge(options: TrainTinyOptions) -> TinyJudge:
     policy = load_policy(asked, family=family, device=cpu, argument=f"{group}.policy")
     asked = PolicyOptions(options.judge.base)
     base = load_policy(asked, family=family, device=cpu, argument=f"{group}.base").backbone.model
-    assert isinstance(base, LlamaForCausalLM)
+    if not isinstance(base, LlamaForCausalLM):
+        raise _not_a_llama(f"{group}.base", base)
     if options.judge.start is None:
         judge = judge_from_language_model(base, options.judge.extra_layers)
     else:
         start = RewardOptions(options.judge.start)
         judge, _ = load_classifier(start, family=family, device=cpu, argument=f"{group}.start")
-        assert isinstance(judge, LlamaForSequenceClassification)
+        if not isinstance(judge, LlamaForSequenceClassification):
+            raise _not_a_llama(f"{group}.start", judge)
         judge = with_fresh_layers(judge, options.judge.extra_layers)
         judge.requires_grad_(True)
     return TinyJudge(

@@ -26,6 +26,7 @@ from nabla_rl.modules.tiny_judge import (
     token_weights,
     with_fresh_layers,
 )
+from tests import toys_hf as toys
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "train_tiny"
 
@@ -225,3 +226,12 @@ def test_bad_input_is_one_line_that_names_the_option(options, said, tmp_path, mo
     assert cli.train_tiny(words) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"error: {said}"), lines
+
+
+def test_a_judge_of_another_architecture_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    toys.build_gpt2().save_pretrained("gpt2")
+    toys.tokenizer().save_pretrained("gpt2")
+    assert cli.train_tiny(["--config", str(CONFIGS / "sorting/tiny-reward.yaml"), "--model.judge.base", "gpt2"]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]  # bars of loading stand before it
+    assert line.startswith("error: --model.judge.base: expected a Llama model") and "GPT2LMHeadModel" in line
