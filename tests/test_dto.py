@@ -117,6 +117,21 @@ def test_one_exponentiated_step_is_the_first_order_gibbs_conditional() -> None:
         assert ((found - gibbs).abs().max() < 1e-9) == same
 
 
+def test_the_prefix_piece_alone_sharpens_the_policy() -> None:
+    """From the policy's logits, exponentiated gradient of the prefix piece gives π^(1 + η) / Z at each position."""
+    _, mask, policy, reward = problem((4, 3))
+    y = one_hot_argmax(problem((4, 3), seed=5)[0])
+    own = policy(y, torch.arange(2))
+    pieces = {"postfix": False, "reward": False, "optimizer": "exponentiated", "weight_decay": 0.0}
+    for size in ({"step_size": 0.6}, {"trust_region": 0.05}):
+        config = DTOConfig(**pieces, **size)  # type: ignore[arg-type]
+        start = dto.init(own, mask, config)._replace(noise=100 * y, tokens=y.argmax(-1))
+        moved, _ = dto.step(start, policy, reward, config)
+        power = (moved.logits / own)[mask]
+        torch.testing.assert_close(power, power[:, :1].expand_as(power))
+        assert bool((power > 1).all()) and ("trust_region" in size or power.allclose(torch.full_like(power, 1.6)))
+
+
 def test_the_gibbs_conditional_is_exact_where_the_energy_is_linear() -> None:
     """At the last token, with a reward linear in it, softmax(-g) is the tilted policy's own conditional."""
     policy, reward, beta = EnumerablePolicy(), EnumerableReward(), 0.5
