@@ -72,23 +72,34 @@ def test_exact_study_writes_verdicts_tables_figures_and_a_page(tmp_path, capsys)
     )
 
 
-def test_the_command_line_changes_single_options_of_grid_and_fixed(tmp_path):
+def test_the_command_line_changes_single_options_of_grid_and_fixed(tmp_path, monkeypatch):
+    """Two of one group, and of one section, both count."""
+    seen = []
+    monkeypatch.setattr(DecodeGrid, "check", lambda self, points: seen.append((self.fixed, points)))
+    monkeypatch.setattr(DecodeGrid, "run", lambda self, point, folder: [{"decoder": "nabla"}])
+    monkeypatch.setattr(DecodeGrid, "report", stub_report)
     file = write(
         tmp_path, study="decode", grid={"model.beta": [1.0, 2.0]}, fixed={"data.limit": 9, "data.split": "test"}
     )
     given = [
         "--config",
         str(file),
+        "--run_dir",
+        str(tmp_path / "run"),
         "--fixed.data.limit",
         "3",
-        "--fixed.model.policy.name",
-        "a",
-        "--grid.model.beta",
-        "[5]",
+        "--fixed.data.seed=1",
     ]
-    config = ablate_cli.build_parser().parse_args(given)
-    assert ablate_cli.dotted(config.fixed) == {"data.limit": 3, "data.split": "test", "model.policy.name": "a"}
-    assert ablate_cli.dotted(config.grid) == {"model.beta": [5]}
+    given += ["--fixed.model.policy.name", "a", "--grid.model.beta", "[5]", "--grid.model.nabla.sweeps", "[1, 2]"]
+    assert cli.ablate(given) == 0
+    [(fixed, points)] = seen
+    assert fixed == {"data.limit": 3, "data.split": "test", "data.seed": 1, "model.policy.name": "a"}
+    assert [point.values for point in points] == [{"model.beta": 5, "model.nabla.sweeps": k} for k in (1, 2)]
+
+
+def test_a_single_option_without_a_value_is_refused(capsys):
+    assert cli.ablate(["--fixed.data.limit"]) == 2
+    assert capsys.readouterr().err.startswith("error: --fixed.data.limit: expected a name and a value, found none.")
 
 
 def stub_report(self, rows: Sequence[dict], folder: Path) -> ablate.Report:

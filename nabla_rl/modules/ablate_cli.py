@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,8 @@ def build_parser() -> ArgumentParser:
 def main(arguments: list[str]) -> int:
     """Run what is missing of a study, write its files and print what it found."""
     files = given_configs(arguments)
-    given = arguments if files else ["--config", str(DEFAULT), *arguments]
+    rest, single = single_options(arguments)
+    given = rest if files else ["--config", str(DEFAULT), *rest]
     parser = build_parser()
     try:
         config = parser.parse_args(given)
@@ -106,7 +107,7 @@ def main(arguments: list[str]) -> int:
         options = [option for action in parser._actions for option in action.option_strings]
         raise UserError(explain(str(error), options, files)) from error
     options: Any = parser.instantiate(config)
-    options.grid, options.fixed = dotted(options.grid), dotted(options.fixed)
+    options.grid, options.fixed = options.grid | single["grid"], options.fixed | single["fixed"]
     study = build_study(options)
     points = build_points(whole_grid(options.grid, options.variants), [options.seed + seed for seed in options.seeds])
     study.check(points)
@@ -137,17 +138,31 @@ def build_study(options: Any) -> AbstractStudy:
     return grid(options.fixed, options.variants)
 
 
-def dotted(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested names joined by dots, the last of a name winning: files have dotted names, `--fixed.data.limit 5` arrives
-    as {"data": {"limit": "5"}}, its value a text that is YAML."""
-    flat: dict[str, Any] = {}
-    for name, value in options.items():
-        if isinstance(value, Mapping) and value:
-            read = {inner: yaml.safe_load(held) if isinstance(held, str) else held for inner, held in value.items()}
-            flat |= {f"{name}.{inner}": held for inner, held in dotted(read).items()}
-        else:
-            flat[name] = value
-    return flat
+def single_options(arguments: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """The command line without `--grid.NAME VALUE` and `--fixed.NAME VALUE`, and what those say.
+
+    The parser knows a mapping as a whole, and of two nested options would keep the last one alone.
+
+    Raises:
+        UserError: If an option has no value, or one that is not YAML.
+    """
+    rest: list[str] = []
+    single: dict[str, dict[str, Any]] = {"grid": {}, "fixed": {}}
+    words = iter(arguments)
+    for word in words:
+        option, equals, text = word.partition("=")
+        group, dot, name = option.removeprefix("--").partition(".")
+        if not (option.startswith("--") and dot and group in single):
+            rest.append(word)
+            continue
+        text = text if equals else next(words, None)
+        if not name or text is None:
+            raise UserError(f"{option}: expected a name and a value, found none. Write --{group}.data.limit 50.")
+        try:
+            single[group][name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"{option}: expected a value in YAML, found '{text}'. Write [a, b] for a list.") from error
+    return rest, single
 
 
 def decisive_options(options: Any) -> dict[str, Any]:
