@@ -427,3 +427,9 @@ def test_the_process_itself_ends_with_2_and_one_line(models, tmp_path):
 )
 def test_explain(message, said):
     assert decode_cli.explain(message, ["--model.beta"]).startswith(said)
+
+
+def test_options_of_the_edit_loop_are_named_as_they_are_written(refused):
+    assert refused("--model.nabla.edits.stop_at", "2").startswith(
+        "--model.nabla.edits.stop_at: expected a probability"
+    )

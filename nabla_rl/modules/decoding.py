@@ -185,7 +185,10 @@ class Decoding(L.LightningModule):
 
     def _nabla(self) -> AbstractDecoder:
         # both are built, so that the options of both are checked
-        edits = self._edit_search(self.nabla.edits, "nabla")
+        try:
+            edits = self._edit_search(self.nabla.edits, "nabla")
+        except UserError as error:
+            raise UserError(str(error).replace("nabla.", "nabla.edits.", 1)) from error
         published = {name: value for name, value in vars(self.nabla).items() if name not in ("loop", "edits")}
         loop = Nabla(**published, beta=self.beta, sampling=self.sampling, seed=self.seed)
         return edits if self.nabla.loop == "edits" else loop
