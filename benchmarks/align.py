@@ -36,12 +36,12 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     import lightning as L
     from transformers import TrainerCallback
 
-    from nabla_rl.cli import quiet
+    from nabla_rl.alignment.aligner import PolicyAligner
+    from nabla_rl.alignment.config import RLConfig
+    from nabla_rl.alignment.data import AlignmentData
+    from nabla_rl.alignment.trl_engine import build_trl_trainer
+    from nabla_rl.cli.app import quiet
     from nabla_rl.data.tiny import FAMILIES
-    from nabla_rl.modules.align_config import RLConfig
-    from nabla_rl.modules.align_data import AlignmentData
-    from nabla_rl.modules.align_trl import build_trl_trainer
-    from nabla_rl.modules.aligner import PolicyAligner
 
     quiet()
     clock = time.perf_counter if args.wall else time.process_time

@@ -24,10 +24,10 @@ from _common import parser, write_json  # noqa: E402
 from nabla_rl.data.problems import Problem  # noqa: E402
 from nabla_rl.data.tiny import FAMILIES, generate  # noqa: E402
 from nabla_rl.decoding import AbstractDecoder, BestOfN, Decoded, EditSearch, Greedy, Sampling  # noqa: E402
+from nabla_rl.decoding.module import load_reward  # noqa: E402
 from nabla_rl.ledger import Ledger  # noqa: E402
 from nabla_rl.models.loading import PolicyOptions, RewardOptions, load_policy  # noqa: E402
 from nabla_rl.models.policy import Policy  # noqa: E402
-from nabla_rl.modules.decoding import load_reward  # noqa: E402
 from nabla_rl.rewards.base import AbstractReward  # noqa: E402
 
 TOKENS = {"words": 88, "sorting": 20}

@@ -25,10 +25,10 @@ from _common import interleave, parser, table, write_json  # noqa: E402
 
 from nabla_rl.data.tiny import FAMILIES, generate  # noqa: E402
 from nabla_rl.decoding import AbstractDecoder, BestOfN, EditSearch, Greedy, Nabla, Sampling  # noqa: E402
+from nabla_rl.decoding.module import load_reward  # noqa: E402
+from nabla_rl.decoding.presets import ONE_STEP, PREFIX_VALUES  # noqa: E402
 from nabla_rl.ledger import Ledger, Stopwatch  # noqa: E402
 from nabla_rl.models.loading import PolicyOptions, RewardOptions, load_policy  # noqa: E402
-from nabla_rl.modules.decoder_options import ONE_STEP, PREFIX_VALUES  # noqa: E402
-from nabla_rl.modules.decoding import load_reward  # noqa: E402
 
 TOKENS = {"words": 88, "sorting": 20}
 TEMPERATURE = {"words": 0.8, "sorting": 1.0}

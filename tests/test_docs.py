@@ -96,16 +96,16 @@ def known_options() -> frozenset[str]:
     optional groups are no actions of their own."""
     from dataclasses import fields
 
+    from nabla_rl.alignment.aligner import PolicyAligner
+    from nabla_rl.alignment.data import AlignmentData
+    from nabla_rl.cli.align import AlignCLI
+    from nabla_rl.cli.decode import DecodeCLI
+    from nabla_rl.cli.distill import DistillCLI
+    from nabla_rl.cli.train_tiny import JudgeOptions, TaughtOptions, TrainTinyOptions
     from nabla_rl.data.module import ProblemData
-    from nabla_rl.modules.align_cli import AlignCLI
-    from nabla_rl.modules.align_data import AlignmentData
-    from nabla_rl.modules.aligner import PolicyAligner
-    from nabla_rl.modules.decode_cli import DecodeCLI
-    from nabla_rl.modules.decoding import Decoding
-    from nabla_rl.modules.distill_cli import DistillCLI
-    from nabla_rl.modules.distill_data import DistillationData
-    from nabla_rl.modules.distiller import PolicyDistiller
-    from nabla_rl.modules.train_tiny_cli import JudgeOptions, TaughtOptions, TrainTinyOptions
+    from nabla_rl.decoding.module import Decoding
+    from nabla_rl.distillation.data import DistillationData
+    from nabla_rl.distillation.distiller import PolicyDistiller
 
     taken: list[str] = []
 

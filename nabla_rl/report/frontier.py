@@ -19,8 +19,8 @@ from nabla_rl.decoding.budget import Budget, Point, point_at
 from nabla_rl.functional.seeding import seeded_generator
 from nabla_rl.metrics.paired import bootstrap_interval, mcnemar_p, sign_flip_p
 from nabla_rl.report.html import figure_block, rows_table, svg_text, write_page
-from nabla_rl.report.run_folder import as_user_error, write_atomically
 from nabla_rl.report.table import format_table, present_columns
+from nabla_rl.run_folder import as_user_error, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

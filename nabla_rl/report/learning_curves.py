@@ -14,7 +14,7 @@ from rich.table import Table
 
 from nabla_rl.report.frontier import png_bytes, style
 from nabla_rl.report.html import figure_block, rows_table, svg_text, write_page
-from nabla_rl.report.run_folder import as_user_error, write_atomically
+from nabla_rl.run_folder import as_user_error, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

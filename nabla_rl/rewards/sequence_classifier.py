@@ -25,7 +25,7 @@ class SequenceClassifierReward(AbstractProcessReward):
         model: a Hugging Face causal sequence classifier with one label.
         tokenizer: its tokenizer; its own chat template writes the conversation where there is one.
         system_prompt: the system turn of that template.
-        proposer: a copy of the model that was taught its gradient (`nabla_rl.modules.tiny_taught`); where there is
+        proposer: a copy of the model that was taught its gradient (`nabla_rl.tiny_world.taught`); where there is
             one, first-order changes are its, on top of what the untaught model has encoded.
     """
 

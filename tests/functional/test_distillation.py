@@ -1,4 +1,4 @@
-"""The losses of distillation against closed forms; tests/modules/test_distiller.py holds them to TRL's trainers."""
+"""The losses of distillation against closed forms; test_distiller.py holds them to TRL's trainers."""
 
 from __future__ import annotations
 

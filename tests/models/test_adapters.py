@@ -15,7 +15,8 @@ from nabla_rl.models.groups import group_logits
 from nabla_rl.models.loading import PolicyOptions, load_policy
 from nabla_rl.models.policy import Policy
 from nabla_rl.types import UserError
-from tests import toys_cli, toys_hf
+from tests import toys_hf
+from tests.cli import toys_cli
 
 PROMPTS, OPTIONS = [[5, 6, 7], [8, 9]], LoraOptions(r=4, lora_alpha=8)
 

@@ -1,0 +1,444 @@
+"""Alignment as a Lightning training loop: KL-regularised reinforcement learning of a LoRA adapter, the dual of
+decoding.
+
+The module draws groups of completions, has them rewarded, and hands tensors to the losses in
+`nabla_rl.functional.policy_gradient`. Whole groups stay on one process, so that nothing but gradients and a few counts
+crosses over.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from nabla_rl.adapters.training import AdapterTraining, append_line
+from nabla_rl.alignment.config import Algorithm, KLEstimator, RLConfig, check_options, chosen_estimator
+from nabla_rl.alignment.data import AlignmentData, Draws
+from nabla_rl.alignment.evaluation import evaluate
+from nabla_rl.alignment.metrics import step_metrics
+from nabla_rl.alignment.rollouts import (
+    Completions,
+    MicroBatch,
+    Rollouts,
+    build_search,
+    check_search,
+    interleave,
+    reward_columns,
+    sample_groups,
+    sample_lines,
+    search_groups,
+)
+from nabla_rl.data.problems import Problem
+from nabla_rl.decoding.module import NablaOptions, check_lengths, in_role, load_reward
+from nabla_rl.decoding.presets import PREFIX_VALUES
+from nabla_rl.functional.kl import kl_estimate, reverse_kl
+from nabla_rl.functional.logps import selective_log_softmax, sequence_logps
+from nabla_rl.functional.policy_gradient import (
+    group_relative_advantages,
+    grpo_loss,
+    leave_one_out_advantages,
+    penalise_rewards,
+    rloo_loss,
+)
+from nabla_rl.models.adapters import LoraOptions, attach_adapter
+from nabla_rl.models.groups import group_logits
+from nabla_rl.models.loading import PolicyOptions, RewardOptions, load_policy, resolve_name
+from nabla_rl.models.policy import Policy
+from nabla_rl.rewards.base import AbstractReward, check_shared_vocabulary
+from nabla_rl.rewards.functions import (
+    GraderReward,
+    JudgeReward,
+    RewardFunction,
+    compute_rewards,
+    import_reward,
+    reward_name,
+    weigh_rewards,
+)
+from nabla_rl.types import UserError
+
+EVALUATIONS = "evaluations.jsonl"
+FLAT_STEPS = 10
+"""Steps in a row without a difference between the rewards of any group, after which the user is warned."""
+
+SEARCH = NablaOptions(loop="published", max_rollouts=4, edits=replace(PREFIX_VALUES, temperature=1.0))
+"""How ∇-Reasoner decodes what is trained on: the loop of DTO, and where edits are chosen instead, edits that differ
+from one completion of a group to the next."""
+
+
+class PolicyAligner(AdapterTraining):
+    """Trains a LoRA adapter towards the tilted policy ρ* ∝ π exp(r/β), by policy gradients.
+
+    Args:
+        policy: the language model; its adapter is what trains, the reference is the same model without it.
+        reward: the learned judge, `judge` among the reward functions: the one that decoding climbs.
+        gold: a second judge that training never sees, to notice when the first one is being fooled.
+        algorithm: rloo (KL in the reward; its fixed point is ρ*) or grpo (KL in the loss, scaled advantages).
+        reward_funcs: judge, grader (right or wrong, by math-verify or to the letter), or dotted names of functions
+            with TRL's signature; their weighted sum is the reward.
+        kl_estimator: of the KL that trains: k1 (log π/π_ref of the token), k3 (never negative, less noisy), exact
+            (summed over the vocabulary at every position); auto: TRL's, k1 for rloo and k3 for grpo. All three have
+            the KL as their mean.
+        rollouts: sample (the policy's own completions), nabla (∇-Reasoner, decoding from the policy of the moment with
+            the judge and this β), or mixed (half of each group by either). A search's law has no density that could
+            be evaluated, so there are no importance weights: its completions are off-policy data of weight 1, for
+            RLOO with k1 alone. That keeps the fixed point: the return r - β log(π/π_ref) is constant at ρ*, so every
+            advantage is zero there, whatever drew the completions; mixed also draws all of them, which a search need
+            not.
+        nabla: how ∇-Reasoner decodes them: the loop of DTO (published), or edits.
+        stop_at_kl: stop once a step's mean KL per completion, in nats, exceeds this; null: never.
+        rl: the reinforcement learning, in TRL's words.
+        lora: the adapter, in PEFT's words.
+        eval_generations: completions of each held-out problem that the summary is measured on.
+        family: which embedded tiny models a bare name means.
+        seed: of every random number.
+    """
+
+    files = ("metrics.jsonl", "completions.jsonl", EVALUATIONS)
+
+    def __init__(
+        self,
+        policy: PolicyOptions = PolicyOptions(),  # noqa: B008, frozen
+        reward: RewardOptions = RewardOptions(),  # noqa: B008, frozen
+        gold: RewardOptions = RewardOptions(name="tiny-gold"),  # noqa: B008, frozen
+        algorithm: Algorithm = "rloo",
+        reward_funcs: list[str] = ["judge"],  # noqa: B006, not changed
+        kl_estimator: KLEstimator = "auto",
+        rollouts: Rollouts = "sample",
+        nabla: NablaOptions = SEARCH,
+        stop_at_kl: float | None = None,
+        rl: RLConfig = RLConfig(),  # noqa: B008, frozen
+        lora: LoraOptions = LoraOptions(),  # noqa: B008, frozen
+        eval_generations: int = 4,
+        family: str = "sorting",
+        seed: int = 0,
+    ):
+        super().__init__(rl)
+        check_options(
+            rl,
+            algorithm=algorithm,
+            kl_estimator=kl_estimator,
+            reward_funcs=reward_funcs,
+            judge=reward.name,
+            adapter=policy.adapter,
+            searched=rollouts != "sample",
+            stop_at_kl=stop_at_kl,
+            eval_generations=eval_generations,
+        )
+        if rollouts != "sample":
+            check_search(nabla, rl)
+        self.rollouts, self.nabla = rollouts, nabla
+        self.options = {"policy": policy, "reward": reward, "gold": gold}
+        self.algorithm: Algorithm = algorithm
+        self.kl_estimator, self.stop_at_kl = chosen_estimator(algorithm, kl_estimator), stop_at_kl
+        self.rl, self.lora, self.reward_names = rl, lora, reward_funcs
+        self.eval_generations, self.family, self.seed = eval_generations, family, seed
+        self.data: Any = None
+        self._judges: dict[str, AbstractReward | None] = {}  # in a dict: no part of this module's weights
+        self.functions: list[RewardFunction] = []
+        self.window: list[MicroBatch] = []
+        self.flat_steps, self.stopped, self.stopped_at = 0, "", 0
+        self._samples: list[dict[str, Any]] = []
+
+    # What is trained, on what, for what
+
+    def prepare(self, device: torch.device, data: AlignmentData) -> None:
+        """Load the models, put the adapter in and check that every held-out problem fits, before anything is done."""
+        policy = load_policy(self.options["policy"], family=self.family, device=device)  # pyright: ignore
+        judges: dict[str, AbstractReward | None] = {}
+        for role in ("reward", "gold"):
+            if role == "reward" and "judge" not in self.reward_names:
+                continue
+            try:
+                judges[role] = load_reward(self.options[role], family=self.family, device=device, role=role)  # pyright: ignore
+                if judges[role] is not None:
+                    check_shared_vocabulary(policy.tokenizer, judges[role].tokenizer)  # pyright: ignore
+            except UserError as error:
+                raise UserError(in_role(str(error), role)) from error
+        for judge in (None, *judges.values()):
+            try:
+                check_lengths(data.held_out, policy, judge, self.rl.max_completion_length)
+            except UserError as error:
+                message = str(error).replace("--model.sampling.max_new_tokens", "--model.rl.max_completion_length")
+                raise UserError(message) from error
+        base = resolve_name(self.options["policy"].name, self.family)  # pyright: ignore
+        self.use(policy, data, judges, base_name=base)
+
+    def use(
+        self,
+        policy: Policy,
+        data: AlignmentData,
+        judges: dict[str, AbstractReward | None] | None = None,
+        *,
+        functions: Sequence[RewardFunction] | None = None,
+        base_name: str | None = None,
+    ) -> None:
+        """Train this policy, with these judges (`reward`, `gold`) or these reward functions."""
+        self.policy, self.data, self._judges = policy, data, judges or {}
+        self.adapter = attach_adapter(policy, self.lora, seed=self.seed, base_name=base_name)
+        self.functions = list(functions or [self._reward_function(name) for name in self.reward_names])
+
+    def _reward_function(self, name: str) -> RewardFunction:
+        if name == "judge":
+            judge = self._judges["reward"]
+            assert judge is not None
+            function = JudgeReward(judge)
+            function.ledger = self.ledger
+            return function
+        return GraderReward(self.data.grade) if name == "grader" else import_reward(name)
+
+    # Lightning's hooks
+
+    def train_dataloader(self) -> DataLoader:
+        start = self.trainer.global_step * self.rl.gradient_accumulation_steps
+        draws = Draws(
+            self.data, self.rl, start=start, rank=self.trainer.global_rank, world_size=self.trainer.world_size
+        )
+        return DataLoader(draws, batch_size=None)
+
+    def on_train_start(self) -> None:
+        """Start the clock, with the figures of the policy as it is before the first step."""
+        super().on_train_start()
+        if self.trainer.global_step == 0:
+            self.evaluate_step(0)
+        if self.stopped:  # it had gone too far when it was interrupted
+            self.trainer.should_stop = True
+
+    def training_step(self, batch: tuple[int, list[Problem]], batch_index: int) -> Tensor:
+        """The loss of one micro-batch; the first of a draw draws."""
+        tick, problems = batch
+        parts = self.rl.gradient_accumulation_steps
+        if tick % (parts * self.rl.num_iterations) == 0 or not self.window:
+            self.window = self.draw(problems, tick // (parts * self.rl.num_iterations))
+        loss, metrics = self.loss(self.window[tick % parts])
+        self.stop_if_not_finite(loss, "loss")
+        self._metrics.append(metrics | {"loss": loss.item()})
+        if self.algorithm == "grpo" and self.rl.loss_type == "dapo":
+            return loss * parts  # it is divided by the tokens of all parts, and Lightning divides by their number
+        return loss
+
+    def end_step(self) -> None:
+        """At the end of an optimiser step: metrics, and reasons to stop or to warn."""
+        step, metrics = self.trainer.global_step, self.merge_metrics()
+        if self.enough(step, metrics):
+            self.trainer.should_stop = True
+        if not self.trainer.is_global_zero:
+            return
+        self.log_dict(
+            {name: metrics[name] for name in ("reward", "kl_sequence")},
+            prog_bar=True,
+            logger=False,
+            rank_zero_only=True,
+        )
+        if step % self.rl.logging_steps == 0:
+            self.write_metrics(step, metrics)
+        self.evaluate_step(step)
+
+    def enough(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Has the policy gone too far from its reference? Warn, too, where it has long had nothing to learn from."""
+        self.flat_steps = self.flat_steps + 1 if metrics["frac_reward_zero_std"] == 1.0 else 0
+        if self.flat_steps == FLAT_STEPS and (self._trainer is None or self.trainer.is_global_zero):
+            print(  # noqa: T201
+                f"warning: expected rewards that differ within a group, found all equal for {FLAT_STEPS} steps: there "
+                "is nothing to learn from. Raise --model.rl.num_generations or --model.rl.temperature, or take "
+                "problems that are neither too hard nor too easy.",
+                file=sys.stderr,
+            )
+        if self.stop_at_kl is None or metrics["kl_sequence"] <= self.stop_at_kl:
+            return False
+        self.stopped_at = step
+        self.stopped = (
+            f"KL of {metrics['kl_sequence']:.3f} nats at step {step}, above --model.stop_at_kl {self.stop_at_kl}"
+        )
+        return True
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The adapter alone, and what the rest of a draw needs."""
+        super().on_save_checkpoint(checkpoint)
+        window = [vars(part) for part in self.window] if self.rl.num_iterations > 1 else []
+        stop = {"stopped": self.stopped, "stopped_at": self.stopped_at}
+        checkpoint["aligner"] = {"flat_steps": self.flat_steps, "window": window, **stop}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting, and with the draw that was being used."""
+        super().on_load_checkpoint(checkpoint)
+        kept = checkpoint["aligner"]
+        self.flat_steps, self.stopped, self.stopped_at = kept["flat_steps"], kept["stopped"], kept["stopped_at"]
+        # of several processes the first alone has written its part: they draw anew
+        self.window = [MicroBatch(**part) for part in kept["window"]] if self.world_size == 1 else []
+
+    # One draw and its loss
+
+    @torch.no_grad()
+    def draw(self, problems: Sequence[Problem], number: int) -> list[MicroBatch]:
+        """Draw a group of completions for each problem and have them rewarded: the micro-batches of one draw."""
+        rl, policy = self.rl, self.policy
+        if rl.top_k:
+            raise UserError(
+                f"--model.rl.top_k: expected 0 with the lightning engine, found {rl.top_k}: a truncated sample is not "
+                "the policy's. Use 0, or --engine trl."
+            )
+        prompts = [policy.encode_prompt(problem.problem) for problem in problems]
+        drawn = self.rollout(problems, prompts, number)
+        ids, mask = drawn.ids, drawn.mask
+        rewards = self.reward(problems, ids, mask)
+        total = weigh_rewards(rewards, rl.reward_weights)
+        advantages = None
+        if self.algorithm == "grpo":
+            advantages = self._everywhere(
+                total, lambda r: group_relative_advantages(r, rl.num_generations, scale=rl.scale_rewards)
+            )
+        num_items = mask.sum().double().cpu()
+        if self.world_size > 1:
+            num_items = self.all_gather(num_items.to(self.policy.device)).double().mean().cpu()  # pyright: ignore
+        if rl.log_completions:
+            self._samples = sample_lines(policy, problems, ids, mask, total, rl.num_completions_to_print)
+        window, size, each = [], rl.per_device_train_batch_size, rl.prompts_per_batch
+        for part in range(len(problems) // each):
+            rows = slice(part * size, (part + 1) * size)
+            width = int(mask[rows].sum(-1).max())
+            window.append(
+                MicroBatch(
+                    prompts[part * each : (part + 1) * each],
+                    ids[rows, :width],
+                    mask[rows, :width],
+                    rewards[rows],
+                    total[rows],
+                    drawn.finished[rows],
+                    None if advantages is None else advantages[rows].to(ids.device),
+                    num_items=float(num_items),
+                )  # fmt: skip
+            )
+        self.num_tokens += int(mask.sum()) + rl.num_generations * sum(map(len, prompts))
+        return window
+
+    def rollout(self, problems: Sequence[Problem], prompts: Sequence[Sequence[int]], number: int) -> Completions:
+        """`num_generations` completions of each problem; row G·i + j depends on (seed, draw, problem, j)."""
+        size = self.rl.num_generations
+        drawn = {"sample": size, "nabla": 0, "mixed": size - size // 2}[self.rollouts]
+        sampled = searched = None
+        if drawn:
+            key = (self.seed, "align", number)
+            sampled = sample_groups(self.policy, problems, prompts, range(drawn), self.rl, self.ledger, key=key)
+        if drawn < size:
+            decoder, judge = build_search(self.nabla, self.rl, self.seed), self._judges.get("reward")
+            searched, flops = search_groups(decoder, self.policy, judge, problems, range(drawn, size), number)
+            self.flops_before += flops
+        if sampled is not None and searched is not None:
+            return interleave(sampled, searched, len(problems), self.policy)
+        found = sampled or searched
+        assert found is not None
+        return found
+
+    def reward(self, problems: Sequence[Problem], ids: Tensor, mask: Tensor) -> Tensor:
+        """What the reward functions say of G completions of each problem, (rows, functions)."""
+        return compute_rewards(self.functions, **reward_columns(self.policy, problems, ids, mask))
+
+    def logps(self, part: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the tokens at the temperature, and the logits that they are of."""
+        with self.ledger.phase("train"):
+            trainable = self.adapter.num_weights if torch.is_grad_enabled() else 0
+            logits = group_logits(self.policy, part.prompts, part.ids, part.mask, self.ledger, trainable=trainable)
+        logits = logits / self.rl.temperature
+        return selective_log_softmax(logits, part.ids), logits
+
+    def loss(self, part: MicroBatch) -> tuple[Tensor, dict[str, float]]:
+        """The loss of a micro-batch with gradients to the adapter, and its metrics by TRL's names.
+
+        Where they are not known yet, the micro-batch takes the log-probabilities of now as those it was drawn with.
+        """
+        rl, mask, ref_logits = self.rl, part.mask, None
+        # before the forward that is differentiated: switching the adapter off touches its requires_grad
+        if rl.beta and (part.ref is None or self.kl_estimator == "exact"):
+            with torch.no_grad(), self.adapter.disabled(), self.ledger.phase("reference"):
+                part.ref, ref_logits = self.logps(part)
+        logps, logits = self.logps(part)
+        if part.old is None:
+            part.old = logps.detach()
+        kl = self.token_kl(part, logps, logits, ref_logits) if rl.beta else None
+        clipping = {"epsilon": rl.epsilon, "epsilon_high": rl.epsilon_high}
+        if self.algorithm == "rloo":
+            if part.advantages is None:
+                total = part.total.to(logps.device)
+                returns = total if kl is None else penalise_rewards(total, kl.detach(), mask, beta=rl.beta)
+                part.advantages = leave_one_out_advantages(returns, rl.num_generations)
+            loss = rloo_loss(
+                logps, sequence_logps(part.old, mask), part.advantages, mask, beta=rl.beta,
+                differentiable_kl=None if self.kl_estimator == "k1" else kl, **clipping,
+            )  # fmt: skip
+        else:
+            assert part.advantages is not None
+            loss = grpo_loss(
+                logps, part.old, part.advantages, mask, per_token_kl=kl, beta=rl.beta, loss_type=rl.loss_type,
+                bias_correction=rl.use_bias_correction_kl and self.kl_estimator != "exact",
+                max_completion_length=rl.max_completion_length, num_items=part.num_items or None, **clipping,
+            )  # fmt: skip
+        names = [reward_name(function) for function in self.functions]
+        ratio = torch.exp(logps.detach() - part.old)
+        return loss, step_metrics(part, logits.detach(), ratio, None if kl is None else kl.detach(), names, rl)
+
+    def token_kl(self, part: MicroBatch, logps: Tensor, logits: Tensor, ref_logits: Tensor | None) -> Tensor:
+        """The estimate of KL(policy‖reference) of every token, (rows, length), with its gradients."""
+        assert part.ref is not None
+        if self.kl_estimator == "exact":
+            assert ref_logits is not None
+            return reverse_kl(logits.log_softmax(-1), ref_logits.log_softmax(-1))
+        return kl_estimate(logps, part.ref, self.kl_estimator)
+
+    # Across processes, and into files
+
+    def _everywhere(self, values: Tensor, function: Any) -> Tensor:
+        """A function of the values of all processes; this process's rows of it."""
+        if self.world_size == 1:
+            return function(values)
+        gathered = self.all_gather(values.to(self.policy.device))
+        whole = function(gathered.flatten(0, 1).cpu())  # pyright: ignore
+        return whole[self.trainer.global_rank * len(values) :][: len(values)]
+
+    def write_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """One line of metrics.jsonl and samples in completions.jsonl, and the same to the logger."""
+        super().write_metrics(step, metrics)
+        if self.rl.log_completions and self._samples:
+            self._log_samples(step)
+
+    def _log_samples(self, step: int) -> None:
+        if self.run_dir is not None:
+            for sample in self._samples:
+                append_line(self.run_dir / "completions.jsonl", {"step": step} | sample)
+        text = "\n\n".join(f"{s['prompt']} → {s['completion']} ({s['reward']:.3f})" for s in self._samples)
+        for logger in self.trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("completions", text, step)
+            elif isinstance(logger, WandbLogger):
+                rows = [[str(value) for value in sample.values()] for sample in self._samples]
+                logger.log_text("completions", columns=list(self._samples[0]), data=rows, step=step)
+
+    # Held-out figures
+
+    def evaluate(self, problems: Sequence[Problem], *, batch_size: int = 64) -> dict[str, Any]:
+        """Figures on held-out problems of the policy as it is now; see `align_evaluation.evaluate`."""
+        return evaluate(self, problems, gold=self._judges.get("gold"), batch_size=batch_size)
+
+    def evaluate_step(self, step: int) -> None:
+        """Where `eval_steps` asks for it: a line of evaluations.jsonl, whose cost and time are kept apart."""
+        every, trainer = self.rl.eval_steps, self._trainer
+        if every is None or (step % every and step != self.rl.max_steps):
+            return
+        if trainer is not None and not trainer.is_global_zero:
+            return
+        start = time.perf_counter()
+        spent = {"flops": self.all_flops, "num_tokens": self.all_tokens, "seconds": self.seconds}
+        figures = self.evaluate(self.data.held_out)
+        if self.run_dir is not None:
+            append_line(self.run_dir / EVALUATIONS, {"step": step} | spent | figures)
+        for logger in trainer.loggers if trainer is not None else ():
+            plain = {f"eval/{name}": value for name, value in figures.items() if isinstance(value, float)}
+            logger.log_metrics(plain, step=step)
+        self.started += time.perf_counter() - start

@@ -1,0 +1,172 @@
+"""The settings of reinforcement learning, in TRL's words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from nabla_rl.adapters.config import AdapterConfig
+from nabla_rl.functional.policy_gradient import LossType, ScaleRewards
+from nabla_rl.types import UserError
+
+Algorithm = Literal["rloo", "grpo"]
+KLEstimator = Literal["auto", "k1", "k3", "exact"]
+
+
+@dataclass(frozen=True)
+class RLConfig(AdapterConfig):
+    """Reinforcement learning. Every name and meaning is that of TRL's GRPOConfig and RLOOConfig.
+
+    Four defaults differ from TRL's, on purpose. `beta` is positive for both algorithms: without it there is no tilted
+    policy to head for, and no match to decoding. `top_k=0` and `top_p=1` leave the samples untruncated (they are
+    TRL's, but not transformers'): a truncated sample is not the policy's, and its log-probability is not that of the
+    law it was drawn from. `learning_rate` is LoRA's scale (TRL's 1e-6 is for all weights). `bf16` and
+    `gradient_checkpointing` are off.
+    """
+
+    section: ClassVar[str] = "rl"
+    beta: float = 1.0
+    """KL coefficient β = 1/λ of J(π) = E[r] - β KL(π‖reference), as in decode's energy L(y) = -r/β - log π."""
+    num_generations: int = 8
+    """Completions of each prompt: a group."""
+    per_device_train_batch_size: int = 64
+    """Completions a process puts through one forward and backward: whole groups."""
+    num_iterations: int = 1
+    """Optimiser steps on each draw of completions (μ); the ratio is clipped from the second on."""
+    epsilon: float = 0.2
+    """Lower clipping range of the ratio."""
+    epsilon_high: float | None = None
+    """Upper clipping range; null: as the lower."""
+    loss_type: LossType = "dapo"
+    """How GRPO averages over tokens: grpo (within each completion first), dapo (all alike), dr_grpo (a constant)."""
+    scale_rewards: ScaleRewards = "group"
+    """What GRPO divides advantages by: the standard deviation of the group, of the batch, or none."""
+    use_bias_correction_kl: bool = True
+    """GRPO's KL is multiplied by the ratio, so that its gradient is that of the KL."""
+    temperature: float = 1.0
+    """Divides the logits, of the samples and of everything that is scored (as TRL does)."""
+    top_p: float = 1.0
+    """Nucleus of the samples; 1: the whole law."""
+    top_k: int = 0
+    """Likeliest tokens that samples are drawn from; 0: all, the only value of the lightning engine."""
+    max_completion_length: int = 88
+    """Tokens at most in one completion."""
+    reward_weights: list[float] | None = None
+    """Weights of the reward functions in their sum; null: 1 each."""
+    log_completions: bool = True
+    """Log sample completions, too."""
+    num_completions_to_print: int | None = 4
+    """How many of them; null: all of a batch."""
+    eval_steps: int | None = None
+    """Steps between evaluations on the held-out problems while it trains, for learning curves; null: none. What they
+    cost is kept apart from what training costs."""
+
+    def __post_init__(self) -> None:
+        """Check the values in the spelling of the command line."""
+        if not self.beta >= 0 or math.isinf(self.beta):
+            raise UserError(
+                f"--model.rl.beta: expected a number of at least 0, found {self.beta}. Use 0 to leave the reference "
+                "out, with no bound on how far the policy goes."
+            )
+        if self.num_generations < 2:
+            raise UserError(
+                f"--model.rl.num_generations: expected at least 2, found {self.num_generations}. A completion is "
+                "compared with the others of its group."
+            )
+        size = self.per_device_train_batch_size
+        if size < 1 or size % self.num_generations:
+            raise UserError(
+                f"--model.rl.per_device_train_batch_size: expected whole groups of {self.num_generations} "
+                f"completions, found {size}. Take a multiple of --model.rl.num_generations."
+            )
+        if self.eval_steps is not None and self.eval_steps < 1:
+            raise UserError(
+                f"--model.rl.eval_steps: expected at least 1 or null, found {self.eval_steps}. Use null for none."
+            )
+        self.check(
+            at_least_one=("num_iterations", "max_completion_length"),
+            positive=("temperature",),
+            not_negative=("epsilon", "top_k"),
+        )
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--model.rl.top_p: expected a number in (0, 1], found {self.top_p}. Use 1 for the law.")
+
+    @property
+    def prompts_per_batch(self) -> int:
+        """Groups in a process's batch."""
+        return self.per_device_train_batch_size // self.num_generations
+
+    def to_trl(self, algorithm: Algorithm, **more: Any) -> Any:
+        """The same settings as TRL's config of that algorithm; `more` are further fields of it."""
+        from trl.trainer.grpo_config import GRPOConfig
+        from trl.trainer.rloo_config import RLOOConfig
+
+        config = GRPOConfig if algorithm == "grpo" else RLOOConfig
+        return self.as_trl(config, **more)
+
+
+def chosen_estimator(algorithm: Algorithm, estimator: KLEstimator) -> str:
+    """The estimator of the KL that trains; auto is TRL's."""
+    return {"rloo": "k1", "grpo": "k3"}[algorithm] if estimator == "auto" else estimator
+
+
+def check_options(
+    rl: RLConfig,
+    *,
+    algorithm: Algorithm,
+    kl_estimator: KLEstimator,
+    reward_funcs: Sequence[str],
+    judge: str | None,
+    adapter: str | None,
+    searched: bool,
+    stop_at_kl: float | None,
+    eval_generations: int,
+) -> None:
+    """Refuse options that do not go together, in the spelling of the command line.
+
+    `judge` is the name of the reward model, `adapter` that of one that is in the policy already, `searched` whether
+    completions are decoded by ∇-Reasoner.
+    """
+    if not reward_funcs:
+        raise UserError("--model.reward_funcs: expected at least one, found none. Use [judge].")
+    if rl.reward_weights is not None and len(rl.reward_weights) != len(reward_funcs):
+        raise UserError(
+            f"--model.rl.reward_weights: expected one for each of {len(reward_funcs)} reward functions, found "
+            f"{len(rl.reward_weights)}."
+        )
+    if "judge" in reward_funcs and judge is None:
+        raise UserError(
+            "--model.reward.name: expected a reward model for judge, found none. Name one, or leave judge out of "
+            "--model.reward_funcs."
+        )
+    if adapter is not None:
+        raise UserError(
+            f"--model.policy.adapter: expected none, found {adapter!r}. A new adapter is trained; merge "
+            "the old one into the weights first."
+        )
+    if stop_at_kl is not None and not stop_at_kl > 0:
+        raise UserError(f"--model.stop_at_kl: expected a positive number or null, found {stop_at_kl}.")
+    if eval_generations < 1:
+        raise UserError(f"--model.eval_generations: expected at least 1, found {eval_generations}.")
+    chosen = chosen_estimator(algorithm, kl_estimator)
+    if (algorithm, chosen) == ("grpo", "k1") and not rl.use_bias_correction_kl:
+        raise UserError(
+            "--model.kl_estimator: expected k3 or exact in GRPO's loss, found k1, whose gradient is zero in "
+            "expectation. Or pass --model.rl.use_bias_correction_kl true."
+        )
+    if not searched:
+        return
+    if (algorithm, chosen) != ("rloo", "k1") or rl.num_iterations > 1 or not rl.beta:
+        raise UserError(
+            "--model.rollouts: expected sample, found nabla or mixed. Completions of another law than the policy's "
+            "keep the fixed point with --model.algorithm rloo, --model.kl_estimator k1, beta > 0 and num_iterations 1."
+        )
+    if stop_at_kl is not None:
+        raise UserError(
+            f"--model.stop_at_kl: expected null with ∇-Reasoner's rollouts, found {stop_at_kl}. Only the policy's own "
+            "samples measure its KL: use --model.rl.eval_steps to see it."
+        )
+    if "judge" not in reward_funcs:
+        raise UserError("--model.reward_funcs: expected judge among them for ∇-Reasoner's rollouts, which climb it.")

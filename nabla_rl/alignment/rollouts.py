@@ -1,0 +1,188 @@
+"""Groups of completions to train on: the policy's own samples, ∇-Reasoner's, or both, and their rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from nabla_rl.adapters.training import trl_prompt
+from nabla_rl.alignment.config import RLConfig
+from nabla_rl.data.problems import Problem
+from nabla_rl.decoding import EditSearch, Nabla, Sampling
+from nabla_rl.decoding.base import AbstractDecoder
+from nabla_rl.decoding.presets import NablaOptions
+from nabla_rl.functional.seeding import seeded_generator
+from nabla_rl.ledger import Ledger
+from nabla_rl.models.policy import Policy
+from nabla_rl.rewards.base import AbstractReward
+from nabla_rl.rewards.functions import Text
+from nabla_rl.types import UserError
+
+Rollouts = Literal["sample", "nabla", "mixed"]
+
+
+@dataclass
+class MicroBatch:
+    """Groups of completions that go through one forward and backward.
+
+    Attributes:
+        prompts: ids of the P prompts.
+        ids, mask: (P·G, length), right padded.
+        rewards: (P·G, functions), NaN where there is none.
+        total: (P·G,), their weighted sum.
+        finished: (P·G,), did the completion end by itself?
+        advantages: (P·G,), where they are known.
+        old: (P·G, length), log-probabilities under the policy that drew them, where they are known.
+        ref: the same under the reference.
+        num_items: completion tokens of the whole draw over all processes, for one process.
+    """
+
+    prompts: list[list[int]]
+    ids: Tensor
+    mask: Tensor
+    rewards: Tensor
+    total: Tensor
+    finished: Tensor
+    advantages: Tensor | None = None
+    old: Tensor | None = None
+    ref: Tensor | None = None
+    num_items: float = 0.0
+
+
+@dataclass(frozen=True)
+class Completions:
+    """Rows in groups, right padded: row G·i + j is completion j of problem i.
+
+    Attributes:
+        ids, mask: (rows, length).
+        finished: (rows,), did they end by themselves?
+    """
+
+    ids: Tensor
+    mask: Tensor
+    finished: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]], finished: Sequence[bool], policy: Policy) -> Completions:
+        """Pad lists of tokens."""
+        tensors = [torch.tensor(list(row), device=policy.device) for row in rows]
+        ids = pad_sequence(tensors, batch_first=True, padding_value=policy.pad_id)
+        lengths = torch.tensor([len(row) for row in rows], device=policy.device)
+        mask = torch.arange(ids.shape[1], device=policy.device) < lengths[:, None]
+        return cls(ids, mask, torch.tensor(list(finished), device=policy.device))
+
+    def rows(self) -> list[list[int]]:
+        """The tokens without padding."""
+        return [row[kept].tolist() for row, kept in zip(self.ids, self.mask, strict=True)]
+
+
+def build_search(options: NablaOptions, rl: RLConfig, seed: int) -> AbstractDecoder:
+    """∇-Reasoner with these settings, at the temperature and the β of the training."""
+    sampling = Sampling(rl.temperature, rl.top_p, rl.max_completion_length)
+    if options.loop == "edits":
+        edits = dict(vars(options.edits))
+        drawn = replace(sampling, temperature=edits.pop("temperature"))
+        return EditSearch(**edits, beta=rl.beta, sampling=drawn, seed=seed, name="nabla")
+    own = {entry.name for entry in fields(Nabla)}
+    settings = {name: value for name, value in vars(options).items() if name in own}
+    return Nabla(**settings, beta=rl.beta, sampling=sampling, seed=seed)
+
+
+def check_search(options: NablaOptions, rl: RLConfig) -> None:
+    """Refuse a search that would find the same completion for a whole group."""
+    if options.loop == "edits" and options.edits.temperature == 0:
+        raise UserError(
+            "--model.nabla.edits.temperature: expected a positive number for rollouts to train on, found 0: all "
+            "completions of a group would be the same one. Use 1."
+        )
+    build_search(options, rl, 0)
+
+
+@torch.no_grad()
+def sample_groups(
+    policy: Policy,
+    problems: Sequence[Problem],
+    prompts: Sequence[Sequence[int]],
+    indices: Sequence[int],
+    rl: RLConfig,
+    ledger: Ledger,
+    *,
+    key: tuple[Any, ...],
+) -> Completions:
+    """The policy's own samples, numbers `indices` of each problem's group; each depends on (key, problem, number)."""
+    prefix = policy.prefill(prompts, torch.zeros(len(prompts), dtype=torch.int64), ledger)
+    rows = torch.arange(len(prompts), device=policy.device).repeat_interleave(len(indices))
+    drawn = policy.rollout(
+        prefix.select(rows),
+        generators=[seeded_generator(*key, problem.id, j) for problem in problems for j in indices],
+        max_new_tokens=rl.max_completion_length,
+        temperature=rl.temperature,
+        top_p=rl.top_p,
+    )
+    return Completions(drawn.ids, drawn.mask, drawn.finished)
+
+
+def search_groups(
+    decoder: AbstractDecoder,
+    policy: Policy,
+    judge: AbstractReward | None,
+    problems: Sequence[Problem],
+    indices: Sequence[int],
+    number: int,
+) -> tuple[Completions, float]:
+    """∇-Reasoner's completions, each with random numbers of its own, and the FLOPs that they cost."""
+    asked = [replace(problem, id=f"{problem.id}/{number}/{j}") for problem in problems for j in indices]
+    ledger = Ledger(len(asked))
+    with torch.enable_grad():
+        found = decoder.decode(asked, policy, judge, ledger)
+    completions = Completions.of([one.ids for one in found], [one.finished for one in found], policy)
+    return completions, sum(ledger.cost(index).flops for index in range(len(asked)))
+
+
+def interleave(first: Completions, second: Completions, groups: int, policy: Policy) -> Completions:
+    """One group of each problem out of two: the first's rows, then the second's."""
+    rows, finished = [], []
+    each = [(part.rows(), part.finished.tolist(), len(part.ids) // groups) for part in (first, second)]
+    for group in range(groups):
+        for tokens, ended, size in each:
+            rows += tokens[group * size :][:size]
+            finished += ended[group * size :][:size]
+    return Completions.of(rows, finished, policy)
+
+
+def reward_columns(policy: Policy, problems: Sequence[Problem], ids: Tensor, mask: Tensor) -> dict[str, Any]:
+    """The arguments of a reward function, as TRL's trainers would give them."""
+    size = len(ids) // len(problems)
+    rows = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
+    repeated = [problem for problem in problems for _ in range(size)]
+    texts: list[Text] = [policy.decode(row) for row in rows]
+    if policy.tokenizer.chat_template is not None:
+        texts = [[{"role": "assistant", "content": text}] for text in texts]
+    return {
+        "prompts": [trl_prompt(policy, problem.problem) for problem in repeated],
+        "completions": texts,
+        "completion_ids": rows,
+        "problem": [problem.problem for problem in repeated],
+        "answer": [problem.answer for problem in repeated],
+        "id": [problem.id for problem in repeated],
+    }
+
+
+def sample_lines(
+    policy: Policy, problems: Sequence[Problem], ids: Tensor, mask: Tensor, total: Tensor, count: int | None
+) -> list[dict[str, Any]]:
+    """The first `count` completions of a draw in words, for the log; None: all of them."""
+    size, rows = len(ids) // len(problems), range(len(ids) if count is None else min(count, len(ids)))
+    return [
+        {
+            "prompt": problems[row // size].problem,
+            "completion": policy.decode(ids[row][mask[row]].tolist()),
+            "reward": total[row].item(),
+        }
+        for row in rows
+    ]

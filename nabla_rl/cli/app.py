@@ -1,0 +1,174 @@
+"""The command line: `nabla-rl <verb>`, and the one-line errors of every script.
+
+Heavy libraries are imported by the verb that needs them, so that `nabla-rl --help` is quick.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from nabla_rl.types import UserError
+
+VERBS = {
+    "decode": "decode problems with ∇-Reasoner and its rivals, with every cost counted",
+    "align": "train a LoRA adapter towards the policy that decoding heads for, same reward, same beta",
+    "distill": "carry what decoding found into a LoRA adapter of the same or a lighter model",
+    "ablate": "hold the two sides against each other: studies over grids, exact where it can be",
+    "train-tiny": "make one of the embedded tiny models",
+}
+USAGE = """usage: nabla-rl <verb> [options]
+
+Gradient descent on a sample at test time, and the reinforcement learning that it is the dual of.
+
+verbs:
+{verbs}
+
+`nabla-rl <verb> --help` lists a verb's options."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the `nabla-rl` command. Returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    usage = USAGE.format(verbs="\n".join(f"  {name:<12}{text}" for name, text in VERBS.items()))
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage)  # noqa: T201
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb == "--version":
+        from importlib.metadata import version
+
+        print(version("nabla-rl"))  # noqa: T201
+        return 0
+    if verb not in VERBS:
+        return complain(f"nabla-rl: expected a verb ({', '.join(VERBS)}), found {verb!r}. See nabla-rl --help.")
+    return {"decode": decode, "align": align, "distill": distill, "ablate": ablate, "train-tiny": train_tiny}[verb](
+        rest
+    )
+
+
+def decode(arguments: Sequence[str] | None = None) -> int:
+    """`nabla-rl decode`, `python scripts/decode.py`."""
+    return run(lambda rest: _module("decode").main(rest), arguments)
+
+
+def align(arguments: Sequence[str] | None = None) -> int:
+    """`nabla-rl align`, `python scripts/align.py`."""
+
+    def verb(rest: list[str]) -> int:
+        import nabla_rl.cli.align
+
+        quiet_loggers()
+        return nabla_rl.cli.align.main(rest)
+
+    return run(verb, arguments)
+
+
+def distill(arguments: Sequence[str] | None = None) -> int:
+    """`nabla-rl distill`, `python scripts/distill.py`."""
+
+    def verb(rest: list[str]) -> int:
+        import nabla_rl.cli.distill
+
+        quiet_loggers()
+        return nabla_rl.cli.distill.main(rest)
+
+    return run(verb, arguments)
+
+
+def ablate(arguments: Sequence[str] | None = None) -> int:
+    """`nabla-rl ablate`, `python scripts/ablate.py`."""
+
+    def verb(rest: list[str]) -> int:
+        import nabla_rl.cli.ablate
+
+        quiet_loggers()
+        return nabla_rl.cli.ablate.main(rest)
+
+    return run(verb, arguments)
+
+
+def train_tiny(arguments: Sequence[str] | None = None) -> int:
+    """`nabla-rl train-tiny`, `python scripts/train_tiny.py`."""
+    return run(lambda rest: _module("train_tiny").main(rest), arguments)
+
+
+def _module(name: str):
+    from importlib import import_module
+
+    module = import_module(f"nabla_rl.cli.{name}")
+    quiet_loggers()
+    return module
+
+
+def run(verb: Callable[[list[str]], int], arguments: Sequence[str] | None) -> int:
+    """Run a verb; what is wrong with the input becomes one line and exit code 2."""
+    quiet()
+    from jsonargparse import ArgumentError
+
+    try:
+        return verb(list(sys.argv[1:] if arguments is None else arguments))
+    except (UserError, ArgumentError) as error:
+        return complain(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return complain(
+            f"expected enough memory, found too little ({first_sentence(error)}). Lower --data.batch_size, take fewer "
+            "rollouts or shorter completions, or optimise a --model.nabla.support of a few tokens. What is finished "
+            "is kept."
+        )
+    except KeyboardInterrupt as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            complain("interrupted. What is finished is kept; the same command goes on from there.")
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
+
+
+def complain(message: str) -> int:
+    """Print one line to the error stream; the exit code for bad input."""
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)  # noqa: T201
+    return 2
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Was it memory that ran out? PyTorch says so by a class of its own on a GPU, by the message alone on a CPU."""
+    return (
+        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+    )
+
+
+def first_sentence(error: BaseException) -> str:
+    """The beginning of an error's message."""
+    return str(error).strip().split("\n")[0].split(". ")[0][:160] or type(error).__name__
+
+
+def quiet() -> None:
+    """Keep the libraries' own notices out of a run's output."""
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", module=r"(lightning|torch|jsonargparse|transformers)\b.*")
+    quiet_loggers()
+
+
+def quiet_loggers() -> None:
+    """The part of `quiet` that an import of Lightning undoes, and what transformers reads only when it is imported."""
+    import logging
+
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

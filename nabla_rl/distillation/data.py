@@ -1,0 +1,108 @@
+"""The problems of a distillation: those that the teacher decodes, those to choose by, and those held out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Literal
+
+from torch.utils.data import IterableDataset
+
+from nabla_rl.adapters.training import epoch_order
+from nabla_rl.alignment.data import AlignmentData
+from nabla_rl.data.module import ProblemData
+from nabla_rl.data.problems import Problem
+from nabla_rl.data.tiny import generate
+from nabla_rl.distillation.config import DistillConfig
+from nabla_rl.distillation.rows import Filters, HeldOut, Row
+from nabla_rl.types import UserError
+
+
+class DistillationData(AlignmentData):
+    """What the teacher answers, and what the student is measured on.
+
+    Args:
+        limit: training problems that the teacher decodes.
+        results: results.jsonl of decode runs (or their folders) to learn from, in place of decoding.
+        filters: which answers are learned from.
+        validation_limit: problems that the best weights are chosen by; 0: the last weights are kept.
+        family: which tiny world: words or sorting. It also names the embedded models.
+        path: a JSONL file of your own (fields problem, optional id and answer) instead of the tiny world.
+        eval_path: another one that is held out; null: every fifth problem of `path`, up to `eval_limit`.
+        eval_split: the tiny world's held-out problems.
+        eval_limit: held-out problems at most.
+        problem_seed: another draw of held-out problems.
+        answers: how answers are graded: boxed (math-verify) or exact. null: as the family does.
+        skip_bad: leave malformed lines out instead of refusing the file.
+        seed: of the training problems and the order of the rows.
+    """
+
+    def __init__(
+        self,
+        limit: int = 1024,
+        results: list[str] | None = None,
+        filters: Filters = Filters(),  # noqa: B008, frozen
+        validation_limit: int = 200,
+        family: Literal["words", "sorting"] = "sorting",
+        path: str | None = None,
+        eval_path: str | None = None,
+        eval_split: Literal["validation", "test", "hard"] = "test",
+        eval_limit: int = 200,
+        problem_seed: int = 0,
+        answers: Literal["boxed", "exact"] | None = None,
+        skip_bad: bool = False,
+        seed: int = 0,
+    ):
+        for name, value, low in (("limit", limit, 1), ("validation_limit", validation_limit, 0)):
+            if value < low:
+                raise UserError(f"--data.{name}: expected at least {low}, found {value}.")
+        super().__init__(family, path, eval_path, eval_split, eval_limit, problem_seed, answers, skip_bad, seed)
+        self.limit, self.results, self.filters = limit, results, filters
+        self.arguments = (family, "test", 1, problem_seed, None, answers)
+        self.extract = ProblemData(*self.arguments).extract
+        if self.own is None:
+            draw = generate(self.family, "validation", f"distill/{problem_seed}")
+            self.validation = list(islice(draw, validation_limit))
+            self.problems = list(islice(generate(self.family, "train", f"distill/{seed}"), limit))
+        else:
+            self.validation = self.own[4::5][:validation_limit]
+            kept = {problem.id for problem in self.validation}
+            self.problems = [problem for problem in self.own if problem.id not in kept][:limit]
+        # results of decode runs say nothing of where their problems come from: the tiny world's are told by their key
+        tiny = None if path is not None else family
+        self.refused = HeldOut([p.problem for p in (*self.held_out, *self.validation)], tiny)
+
+    def to_decode(self, problems: Sequence[Problem], batch_size: int = 64) -> ProblemData:
+        """Some of the problems, as the decode command has them."""
+        data = ProblemData(*self.arguments, batch_size=batch_size)
+        data.problems = list(problems)
+        return data
+
+
+class Batches(IterableDataset):
+    """One process's rows of every micro-batch from `start` on, with how many tokens its whole step has."""
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        items: Sequence[float],
+        settings: DistillConfig,
+        *,
+        seed: int,
+        start: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.rows, self.items, self.settings, self.seed = rows, items, settings, seed
+        self.start, self.rank, self.world_size = start, rank, world_size
+
+    def __iter__(self) -> Iterator[tuple[int, list[Row], float]]:
+        parts, each = self.settings.gradient_accumulation_steps, self.settings.per_device_train_batch_size
+        whole, tick = parts * self.world_size * each, self.start
+        while tick < sys.maxsize:
+            step, part = divmod(tick, parts)
+            places = epoch_order(len(self.rows), step * whole, (step + 1) * whole, seed=self.seed)
+            mine = places[(part * self.world_size + self.rank) * each :][:each]
+            yield tick, [self.rows[place] for place in mine], sum(self.items[place] for place in places)
+            tick += 1
