@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
@@ -10,8 +12,59 @@ from torch import Tensor
 
 
 class UserError(ValueError):
-    """Bad input from outside: one line that says what, expected, found and what to do. The command line exits with
-    2."""
+    """Bad input from outside, told in one line: what, what was expected, what was found, what to do.
+
+    Args:
+        option: The setting that is wrong, dotted as the Python API has it (`beta`, `sampling.top_p`), or the place of
+            the fault (`problem 'p3'`, `problems.jsonl, line 7`).
+        expected: What would have been right, as a noun phrase.
+        found: What was there instead. It is shown as it is, and may be the user's own text.
+        advice: What to do about it, in whole sentences. A setting is named in braces (`Lower {beta}.`), as it may be in
+            `expected`; whoever shows the error decides how it is spelled.
+
+    Example:
+        >>> print(UserError("beta", "a positive number", "-1", "Use {beta} = inf to leave the reward out."))
+        beta: expected a positive number, found -1. Use `beta` = inf to leave the reward out.
+    """
+
+    LIMIT = 400
+
+    def __init__(self, option: str, expected: str = "", found: str = "", advice: str = ""):
+        super().__init__(option, expected, found, advice)
+        self.option, self.expected, self.found, self.advice = option, expected, found, advice
+
+    def __str__(self) -> str:
+        return self.told(lambda name: name, lambda name: f"`{name}`")
+
+    def told(self, subject: Callable[[str], str], mention: Callable[[str], str]) -> str:
+        """The line, at most `LIMIT` characters; `subject` spells the faulty setting, `mention` any other one."""
+        if not self.expected:  # transition: a message in one piece
+            return self.option
+        expected, advice = (_SETTING.sub(lambda m: mention(m[1]), text) for text in (self.expected, self.advice))
+        head = f"{_printable(subject(self.option))}: expected {expected}, found "
+        tail = f". {advice}" if advice else "."
+        room = max(self.LIMIT - len(head) - len(tail), 24)
+        found = _printable(self.found)
+        return (head + (found if len(found) <= room else found[: room - 1] + "…") + tail)[: self.LIMIT]
+
+    def within(self, section: str) -> UserError:
+        """The same error of a setting that belongs to `section`: `beta` becomes `teacher.beta`."""
+        return self.renamed(lambda name: f"{section}.{name}")
+
+    def renamed(self, rename: Callable[[str], str]) -> UserError:
+        """The same error with every setting renamed, the subject and those in braces."""
+        expected, advice = (_SETTING.sub(lambda m: f"{{{rename(m[1])}}}", t) for t in (self.expected, self.advice))
+        subject = rename(self.option) if _NAME.fullmatch(self.option) else self.option
+        return UserError(subject, expected, self.found, advice)
+
+
+_NAME = re.compile(r"[A-Za-z_][\w]*(?:\.[A-Za-z_][\w]*)*")
+_SETTING = re.compile(r"\{([A-Za-z_][\w]*(?:\.[A-Za-z_][\w]*)*)\}")
+
+
+def _printable(text: str) -> str:
+    """One line in which control characters are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
 
 
 class Outcome(StrEnum):
