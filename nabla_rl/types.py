@@ -19,7 +19,7 @@ class UserError(ValueError):
             the fault (`problem 'p3'`, `problems.jsonl, line 7`).
         expected: What would have been right, as a noun phrase.
         found: What was there instead. It is shown as it is, and may be the user's own text.
-        advice: What to do about it, in whole sentences. A setting is named in braces (`Lower {beta}.`), as it may be in
+        advice: What to do about it, in whole sentences. A setting is named in braces (`Lower {beta}.`), here and in
             `expected`; whoever shows the error decides how it is spelled.
 
     Example:

@@ -67,6 +67,29 @@ def grade_exact(completion: str, answer: str) -> bool:
     return completion.strip() == answer.strip()
 
 
+def as_problems(given: str | Path | Problem | Sequence[str | Problem], *, limit: int | None = None) -> list[Problem]:
+    """Problems from texts, `Problem`s, or the path of a JSONL file; a text's id is its number, from 1.
+
+    Raises:
+        UserError: There is none, one is no text, or two have one id.
+    """
+    if isinstance(given, Path) or (isinstance(given, str) and (given.endswith(".jsonl") or Path(given).is_file())):
+        problems = read_jsonl(given)[0]
+    else:
+        listed = [given] if isinstance(given, (str, Problem)) else list(given)
+        problems = []
+        for number, one in enumerate(listed, start=1):
+            if isinstance(one, str) and one.strip():
+                one = Problem(str(number), one)
+            if not isinstance(one, Problem):
+                raise UserError("problems", "texts that are not empty, Problems, or a path", repr(one))
+            problems.append(one)
+        check_unique(problems)
+    if not problems:
+        raise UserError("problems", "at least one problem", "none")
+    return problems if limit is None else problems[:limit]
+
+
 def read_jsonl(path: str | Path, *, skip_bad: bool = False) -> tuple[list[Problem], list[str]]:
     """Read problems from a JSONL file with fields `id`, `problem` and optionally `answer` and `solution`.
 

@@ -19,32 +19,32 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from nabla_rl.budget import Point, spent
 from nabla_rl.data.problems import Problem
 from nabla_rl.decoding.base import (
     AbstractDecoder,
     Candidate,
     Decoded,
-    Sampling,
+    Setting,
     decoded,
     prefill,
+    prefill_reward,
     require_process_reward,
 )
-from nabla_rl.decoding.budget import Budget, Point, spent
 from nabla_rl.decoding.steps import line_ends
 from nabla_rl.functional.energy import compute_energy
 from nabla_rl.functional.logps import log_softmax
 from nabla_rl.functional.seeding import seeded_generator
-from nabla_rl.ledger import Ledger
 from nabla_rl.models.backbone import Prefix
 from nabla_rl.models.policy import Policy
-from nabla_rl.rewards.base import AbstractProcessReward, AbstractReward, last_valid
-from nabla_rl.types import UserError
+from nabla_rl.models.sampling import Sampling
+from nabla_rl.rewards.base import AbstractProcessReward, last_valid
 
 Score = Literal["energy", "reward"]
 BeamStep = Literal["token", "line"]
@@ -110,45 +110,36 @@ class BeamSearch(AbstractDecoder):
     """
 
     width: int = 4
-    """Beams kept, and completions at the end."""
+    """Number of beams kept, and of completions at the end."""
     expand: int = 4
-    """Candidates that each beam proposes."""
+    """Number of candidates that each beam proposes."""
     step: BeamStep = "line"
-    """line: sampled continuations up to a line break; token: the likeliest next tokens, for answers of one line."""
+    """Unit of a step: line (sampled up to a line break) or token (the likeliest next ones)."""
     step_tokens: int = 24
-    """A line that is longer is cut here, and judged."""
+    """Maximum tokens of a line."""
     score: Score = "energy"
-    """energy: -log π(y_≤i) - V(y_≤i)/β decides, and the energy at the end; reward: the judge's value alone."""
-    beta: float = 1.0
-    """KL coefficient β of the energy."""
-    sampling: Sampling = field(default_factory=Sampling)
-    """How lines are drawn. Of it, steps of a token obey `max_new_tokens` alone."""
-    seed: int = 0
-    """Of every random number."""
-    budget: Budget = field(default_factory=Budget)
-    """When to stop at the latest."""
-    name: str = "beam"
+    """What ranks beams: energy (-log π - V/β) or reward (the prefix value alone)."""
+
+    name: ClassVar[str] = "beam"
 
     def __post_init__(self) -> None:
-        """Check the values in the spelling of the command line."""
-        for name in ("width", "expand", "step_tokens"):
-            if self.__dict__[name] < 1:
-                raise UserError(f"beam.{name}: expected at least 1, found {self.__dict__[name]}.")
+        """Check the values."""
+        self.check(width=1, expand=1, step_tokens=1)
+
+    def is_deterministic(self, sampling: Sampling) -> bool:
+        return self.step == "token" or sampling.temperature == 0
 
     @torch.no_grad()
-    def decode(
-        self, problems: Sequence[Problem], policy: Policy, reward: AbstractReward | None, ledger: Ledger
-    ) -> list[Decoded]:
-        judge = require_process_reward(self.name, reward)
-        prefix = prefill(problems, policy, ledger, self.sampling.max_new_tokens)
-        judged = judge.prefill([p.problem for p in problems], torch.arange(len(problems)), ledger)
+    def decode(self, problems: Sequence[Problem], setting: Setting) -> list[Decoded]:
+        judge, policy = require_process_reward(self.name, setting.reward), setting.policy
+        prefix, judged = prefill(problems, setting), prefill_reward(problems, judge, setting.ledger)
         found = [_Found(problem) for problem in problems]
         beams, depth = _Beams([_Beam(account, (), 0.0) for account in range(len(problems))], prefix, judged), 0
         while beams.rows:
             extensions = (
-                self._tokens(beams, policy) if self.step == "token" else self._lines(beams, policy, found, depth)
+                self._tokens(beams, policy) if self.step == "token" else self._lines(beams, setting, found, depth)
             )
-            beams = self._advance(beams, extensions, policy, judge, found, ledger)
+            beams = self._advance(beams, extensions, setting, judge, found)
             depth += 1
         results = []
         for one in found:
@@ -171,21 +162,21 @@ class BeamSearch(AbstractDecoder):
                 rows.append(_Beam(beam.account, (*beam.ids, token), beam.logps + logp))
         return _Extensions(parents, rows, beams.policy, parents)
 
-    def _lines(self, beams: _Beams, policy: Policy, found: list[_Found], depth: int) -> _Extensions:
+    def _lines(self, beams: _Beams, setting: Setting, found: list[_Found], depth: int) -> _Extensions:
         """Each beam with each of its sampled next lines, equal ones once."""
+        policy, longest = setting.policy, setting.sampling.length
         parents = [index for index in range(len(beams.rows)) for _ in range(self.expand)]
         first = {beam.account: index for index, beam in reversed(list(enumerate(beams.rows)))}
         generators = []
         for draw, index in enumerate(parents):
             account = beams.rows[index].account
             key = (found[account].problem.id, "beam", depth, index - first[account], draw % self.expand)
-            generators.append(seeded_generator(self.seed, *key))
-        room = torch.tensor([self.sampling.max_new_tokens - len(beams.rows[index].ids) for index in parents])
+            generators.append(seeded_generator(setting.seed, *key))
+        room = torch.tensor([longest - len(beams.rows[index].ids) for index in parents])
         room = room.clamp(max=self.step_tokens)
         rollout = policy.rollout(
-            beams.policy.select(torch.tensor(parents, device=policy.device)), generators=generators,
-            max_new_tokens=int(room.max()), temperature=self.sampling.temperature, top_p=self.sampling.top_p,
-            keep_encoded=True, budgets=room,
+            beams.policy.select(torch.tensor(parents, device=policy.device)), setting.sampling, generators,
+            lengths=room, keep_states=True,
             stops=torch.tensor(sorted(line_ends(policy.tokenizer)), dtype=torch.int64, device=policy.device),
         )  # fmt: skip
         assert rollout.encoded is not None
@@ -205,12 +196,12 @@ class BeamSearch(AbstractDecoder):
         self,
         beams: _Beams,
         extensions: _Extensions,
-        policy: Policy,
+        setting: Setting,
         judge: AbstractProcessReward,
         found: list[_Found],
-        ledger: Ledger,
     ) -> _Beams:
         """Judge the extensions, keep the best of each problem, and put what has ended aside."""
+        policy, ledger, longest = setting.policy, setting.ledger, setting.sampling.length
         device, rows = policy.device, extensions.rows
         parents = [beams.rows[index] for index in extensions.parents]
         steps = [
@@ -224,7 +215,7 @@ class BeamSearch(AbstractDecoder):
             encoded = judge.read(before, ids, mask)
             values = judge.encoded_values(encoded).gather(-1, last_valid(mask)[:, None]).squeeze(-1)
         after = encoded.prefix_at(lengths)
-        scores = self._scores(rows, values)
+        scores = self._scores(rows, values, setting.beta)
         accounts = sorted({row.account for row in rows})
         kept: list[int] = []
         for account in accounts:
@@ -234,16 +225,16 @@ class BeamSearch(AbstractDecoder):
             mine.sort(key=scores.__getitem__)
             kept += mine[: self.width - len(found[account].tried)]
         ends = set(policy.get_buffer("eos_ids").tolist())
-        over = [i for i in kept if rows[i].ids[-1] in ends or len(rows[i].ids) == self.sampling.max_new_tokens]
+        over = [i for i in kept if rows[i].ids[-1] in ends or len(rows[i].ids) == longest]
         if over:
             self._finish(
-                [rows[i] for i in over], after.select(torch.tensor(over, device=device)), policy, judge, found, ends
+                [rows[i] for i in over], after.select(torch.tensor(over, device=device)), setting, judge, found, ends
             )
         for account in accounts:
             one = found[account]
             if one.tried:
                 one.curve.append(spent(ledger, account, rollouts=len(one.tried), chosen=one.chosen))
-        used_up = {a for a in accounts if found[a].tried and not self.budget.allows(found[a].curve[-1])}
+        used_up = {a for a in accounts if found[a].tried and not setting.budget.allows(found[a].curve[-1])}
         live = [i for i in kept if i not in set(over) and rows[i].account not in used_up]
         if not live:
             return _Beams([], after, after)
@@ -257,24 +248,25 @@ class BeamSearch(AbstractDecoder):
         self,
         rows: list[_Beam],
         read: Prefix,
-        policy: Policy,
+        setting: Setting,
         judge: AbstractProcessReward,
         found: list[_Found],
         ends: set[int],
     ) -> None:
         """The outcome reward of beams that have ended, on top of what the judge has read of them."""
+        policy = setting.policy
         nothing = torch.zeros(len(rows), 0, dtype=torch.int64, device=policy.device)
         with read.ledger.phase("score"):
             rewards = judge.score(read, nothing, nothing.bool()).reward
-        for beam, reward, score in zip(rows, rewards.tolist(), self._scores(rows, rewards), strict=True):
+        for beam, reward, score in zip(rows, rewards.tolist(), self._scores(rows, rewards, setting.beta), strict=True):
             one = found[beam.account]
             one.tried.append(Candidate(policy.decode(beam.ids), beam.ids, beam.logps, reward))
             one.finished.append(beam.ids[-1] in ends)
             one.scores.append(score)
 
-    def _scores(self, rows: Sequence[_Beam], values: Tensor) -> list[float]:
+    def _scores(self, rows: Sequence[_Beam], values: Tensor, beta: float) -> list[float]:
         """What decides between beams: lower is better."""
         if self.score == "reward":
             return (-values.double()).tolist()
         logps = torch.tensor([row.logps for row in rows], dtype=torch.float64, device=values.device)
-        return compute_energy(logps, values.double(), self.beta).tolist()
+        return compute_energy(logps, values.double(), beta).tolist()

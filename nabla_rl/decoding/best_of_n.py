@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
-from nabla_rl.data.problems import Extract, Problem, extract_boxed
-from nabla_rl.decoding.base import AbstractDecoder, Candidate, Decoded, Sampling, energies, require_reward
-from nabla_rl.decoding.budget import Budget
+from nabla_rl.data.problems import Extract, Problem
+from nabla_rl.decoding.base import AbstractDecoder, Candidate, Decoded, Setting, energies, require_reward
 from nabla_rl.decoding.draws import answer_by_draws
-from nabla_rl.ledger import Ledger
-from nabla_rl.models.policy import Policy
-from nabla_rl.rewards.base import AbstractReward
 
 Choice = Literal["energy", "reward", "weighted_vote"]
 
@@ -60,24 +56,22 @@ CHOICES: dict[Choice, Callable[[Sequence[Candidate], float, Extract], int]] = {
 
 @dataclass(frozen=True)
 class BestOfN(AbstractDecoder):
-    """The best of n samples; see `CHOICES` for what best means."""
+    """The best of n samples."""
 
     n: int = 8
-    """Completions at most."""
+    """Number of completions drawn."""
     choose_by: Choice = "energy"
-    beta: float = 1.0
-    sampling: Sampling = field(default_factory=Sampling)
-    seed: int = 0
-    extract: Extract = extract_boxed
-    budget: Budget = field(default_factory=Budget)
-    name: str = "best_of_n"
+    """What is best: lowest energy, highest reward, or weighted_vote (the answer with most σ(r))."""
 
-    def decode(
-        self, problems: Sequence[Problem], policy: Policy, reward: AbstractReward | None, ledger: Ledger
-    ) -> list[Decoded]:
-        extract = cache(self.extract)
+    name: ClassVar[str] = "best_of_n"
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        self.check(n=1)
+
+    def decode(self, problems: Sequence[Problem], setting: Setting) -> list[Decoded]:
+        extract = cache(setting.extract)
         return answer_by_draws(
-            problems, policy, require_reward(self.name, reward), ledger, sampling=self.sampling, seed=self.seed,
-            most=self.n, budget=self.budget,
-            choose=lambda tried: CHOICES[self.choose_by](tried, self.beta, extract),
+            problems, setting, require_reward(self.name, setting.reward), most=self.n,
+            choose=lambda tried: CHOICES[self.choose_by](tried, setting.beta, extract),
         )  # fmt: skip

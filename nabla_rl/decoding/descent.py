@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 
@@ -18,17 +19,15 @@ from nabla_rl.decoding.base import (
     AbstractDecoder,
     Candidate,
     Decoded,
-    Sampling,
+    Setting,
     draw_rollouts,
     prefill,
+    prefill_reward,
     require_reward,
 )
 from nabla_rl.decoding.objective import Objective
 from nabla_rl.decoding.probing import start_at
 from nabla_rl.dto import DTOConfig
-from nabla_rl.ledger import Ledger
-from nabla_rl.models.policy import Policy
-from nabla_rl.rewards.base import AbstractReward
 
 
 @dataclass(frozen=True)
@@ -36,20 +35,18 @@ class Descent(AbstractDecoder):
     """DTO from a sample; the answer is the argmax of the last logits, up to the first end of sequence."""
 
     config: DTOConfig = field(default_factory=DTOConfig)
-    sampling: Sampling = field(default_factory=Sampling)
-    seed: int = 0
-    name: str = "dto"
+    """The optimisation of logits (DTO)."""
 
-    def decode(
-        self, problems: Sequence[Problem], policy: Policy, reward: AbstractReward | None, ledger: Ledger
-    ) -> list[Decoded]:
-        judge = require_reward(self.name, reward)
-        prefix = prefill(problems, policy, ledger, self.sampling.max_new_tokens)
-        drawn = draw_rollouts(problems, policy, prefix, self.sampling, n=1, seed=self.seed, keep_logits=True)
+    name: ClassVar[str] = "dto"
+
+    def decode(self, problems: Sequence[Problem], setting: Setting) -> list[Decoded]:
+        judge, policy, ledger = require_reward(self.name, setting.reward), setting.policy, setting.ledger
+        prefix = prefill(problems, setting)
+        drawn = draw_rollouts(problems, setting, prefix, keep_logits=True)
         assert drawn.logits is not None
-        judged = judge.prefill([p.problem for p in problems], torch.arange(len(problems)), ledger)
+        judged = prefill_reward(problems, judge, ledger)
         objective = Objective(policy, judge, prefix, judged, drawn.mask, None, hard=True)
-        config = replace(self.config, relaxation="straight_through")
+        config = replace(self.config, relaxation="straight_through", beta=setting.beta)
         state = start_at(dto.init(drawn.logits, drawn.mask, config), drawn.ids)
         with torch.enable_grad(), ledger.phase("dto"):
             for _ in range(config.num_steps):

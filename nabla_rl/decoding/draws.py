@@ -8,13 +8,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from nabla_rl.budget import Budget, Point
 from nabla_rl.data.problems import Problem
-from nabla_rl.decoding.base import Candidate, Decoded, Sampling, candidates, decoded, prefill
-from nabla_rl.decoding.budget import Budget, Point
+from nabla_rl.decoding.base import Candidate, Decoded, Setting, candidates, decoded, prefill, prefill_reward
 from nabla_rl.functional.seeding import seeded_generator
 from nabla_rl.ledger import COLUMNS, Cost, Ledger
 from nabla_rl.models.backbone import Prefix
 from nabla_rl.models.policy import Policy
+from nabla_rl.models.sampling import Sampling
 from nabla_rl.rewards.base import AbstractReward
 
 Choose = Callable[[Sequence[Candidate]], int]
@@ -53,10 +54,7 @@ class _Source:
             chosen = prefix.select(owners.to(prefix.mask.device))
             return replace(chosen, problems=torch.arange(len(owners)), ledger=ledger)
 
-        rollout = self.policy.rollout(
-            rows(self.policy_prefix), generators=generators, max_new_tokens=self.sampling.max_new_tokens,
-            temperature=self.sampling.temperature, top_p=self.sampling.top_p,
-        )  # fmt: skip
+        rollout = self.policy.rollout(rows(self.policy_prefix), self.sampling, generators)
         rewards = None
         if self.reward is not None and self.reward_prefix is not None:
             with ledger.phase("score"):
@@ -65,7 +63,7 @@ class _Source:
 
     def how_many_fit(self, row: int, one: _Drawn, budget: Budget, most: int) -> int:
         """Further draws for a problem, up to `most`, that what is left of its budget surely pays for; at least 1."""
-        point, width, fit = one.curve[-1], self.sampling.max_new_tokens, float(most)
+        point, width, fit = one.curve[-1], self.sampling.length, float(most)
         longest = max(range(len(one.tried)), key=lambda index: len(one.tried[index].ids))
         length = len(one.tried[longest].ids)
         if budget.flops is not None:
@@ -84,16 +82,7 @@ class _Source:
 
 
 def answer_by_draws(
-    problems: Sequence[Problem],
-    policy: Policy,
-    reward: AbstractReward | None,
-    ledger: Ledger,
-    *,
-    sampling: Sampling,
-    seed: int,
-    most: int,
-    budget: Budget,
-    choose: Choose,
+    problems: Sequence[Problem], setting: Setting, reward: AbstractReward | None, *, most: int, choose: Choose
 ) -> list[Decoded]:
     """Draw completions, score them where there is a reward, and choose one.
 
@@ -102,20 +91,17 @@ def answer_by_draws(
     drawn than one at a time would have been. Draw j depends on (seed, problem id, j), and on no other problem.
 
     Args:
-        problems: what is asked; account i of the ledger is problem i's.
-        policy: what is drawn from.
-        reward: the judge, or None.
-        ledger: where everything is booked.
-        sampling: how completions are drawn.
-        seed: of every random number.
-        most: draws at most, for each problem.
-        budget: what else ends the drawing.
-        choose: picks the answer among the draws so far.
+        problems: What is asked; account i of the setting's ledger is problem i's.
+        setting: What is drawn from, and what may be spent.
+        reward: The reward model that scores the draws, or None.
+        most: Maximum number of draws for each problem.
+        choose: Picks the answer among the draws so far.
     """
-    ours, theirs = prefill(problems, policy, ledger, sampling.max_new_tokens), None
+    ledger, budget = setting.ledger, setting.budget
+    ours, theirs = prefill(problems, setting), None
     if reward is not None:
-        theirs = reward.prefill([p.problem for p in problems], torch.arange(len(problems)), ledger)
-    source = _Source(policy, ours, reward, theirs, sampling)
+        theirs = prefill_reward(problems, reward, ledger)
+    source = _Source(setting.policy, ours, reward, theirs, setting.sampling)
     drawn = [_Drawn(problem, ledger.cost(account)) for account, problem in enumerate(problems)]
     most = most if budget.rollouts is None else min(most, budget.rollouts)
     at_once = most if budget.flops is None and budget.seconds is None else 1
@@ -123,7 +109,7 @@ def answer_by_draws(
     while counts:
         owners = torch.tensor([account for account, n in counts.items() for _ in range(n)])
         generators = [
-            seeded_generator(seed, drawn[account].problem.id, "rollout", len(drawn[account].tried) + j)
+            seeded_generator(setting.seed, drawn[account].problem.id, "rollout", len(drawn[account].tried) + j)
             for account, n in counts.items()
             for j in range(n)
         ]

@@ -18,29 +18,27 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
+from nabla_rl.budget import Point, spent
 from nabla_rl.data.problems import Problem
 from nabla_rl.decoding.base import (
     AbstractDecoder,
     Candidate,
     Decoded,
-    Sampling,
+    Setting,
     decoded,
     energies,
     prefill,
+    prefill_reward,
     require_reward,
 )
-from nabla_rl.decoding.budget import Budget, Point, spent
 from nabla_rl.decoding.steps import cut_steps, line_ends
 from nabla_rl.functional.seeding import seeded_generator
-from nabla_rl.ledger import Ledger
 from nabla_rl.models.backbone import Prefix, Track
-from nabla_rl.models.policy import Policy
 from nabla_rl.rewards.base import AbstractReward
-from nabla_rl.types import UserError
 
 TreeStep = Literal["token", "line", "segment"]
 Selection = Literal["puct", "uct"]
@@ -90,53 +88,41 @@ class MCTS(AbstractDecoder):
     """Monte Carlo tree search; one rollout of each problem in an iteration, which is a step of the budget."""
 
     iterations: int = 16
-    """Rollouts at most for each problem."""
+    """Maximum number of rollouts for each problem."""
     branching: int = 4
-    """Rollouts drawn from a node before the search goes below it."""
+    """Number of rollouts drawn from a node before the search goes below it."""
     exploration: float = 1.0
-    """c: how much seldom visited children are preferred; values lie in (0, 1)."""
+    """Weight c of the exploration term; values lie in (0, 1)."""
     selection: Selection = "puct"
-    """puct: Q + c P √N / (1 + n), P the policy's probability of the child's step; uct: Q + c √(ln N / n)."""
+    """Selection rule: puct (Q + c P √N / (1 + n)) or uct (Q + c √(ln N / n))."""
     step: TreeStep = "line"
-    """Where nodes are: after each line, each token, or each `step_tokens` tokens (segment)."""
+    """Unit of a node: line, token, or segment (of `step_tokens` tokens)."""
     step_tokens: int = 24
-    """Tokens of a segment; a line that is longer is cut here."""
-    beta: float = 1.0
-    """KL coefficient β of the energy by which the answer is chosen."""
-    sampling: Sampling = field(default_factory=Sampling)
-    """How rollouts are drawn."""
-    seed: int = 0
-    """Of every random number."""
-    budget: Budget = field(default_factory=Budget)
-    """Ends the search beside `iterations`."""
-    name: str = "mcts"
+    """Maximum tokens of a line or segment."""
+
+    name: ClassVar[str] = "mcts"
 
     def __post_init__(self) -> None:
-        """Check the values in the spelling of the command line."""
-        for name, low in (("iterations", 1), ("branching", 1), ("step_tokens", 1), ("exploration", 0)):
-            if not self.__dict__[name] >= low:
-                raise UserError(f"mcts.{name}: expected at least {low}, found {self.__dict__[name]}.")
+        """Check the values."""
+        self.check(iterations=1, branching=1, step_tokens=1, exploration=0)
 
-    def decode(
-        self, problems: Sequence[Problem], policy: Policy, reward: AbstractReward | None, ledger: Ledger
-    ) -> list[Decoded]:
-        judge = require_reward(self.name, reward)
-        ours = prefill(problems, policy, ledger, self.sampling.max_new_tokens)
-        theirs = judge.prefill([p.problem for p in problems], torch.arange(len(problems)), ledger)
+    def decode(self, problems: Sequence[Problem], setting: Setting) -> list[Decoded]:
+        judge, policy, ledger = require_reward(self.name, setting.reward), setting.policy, setting.ledger
+        ours, theirs = prefill(problems, setting), prefill_reward(problems, judge, ledger)
         trees = [_Tree(problem, account) for account, problem in enumerate(problems)]
         ends = line_ends(policy.tokenizer) if self.step == "line" else frozenset()
         active = trees
         while active:
             paths = [self._descend(tree.root) for tree in active]
-            self._roll_out(active, paths, ours, theirs, policy, judge, ledger)
+            self._roll_out(active, paths, ours, theirs, setting, judge)
             for tree, path in zip(active, paths, strict=True):
                 self._back_up(tree, path, ends)
-                chosen = int(energies(tree.tried, self.beta).argmin())
+                chosen = int(energies(tree.tried, setting.beta).argmin())
                 tree.curve.append(spent(ledger, tree.account, rollouts=len(tree.tried), chosen=chosen))
             active = [
                 tree
                 for tree in active
-                if not tree.root.closed and len(tree.tried) < self.iterations and self.budget.allows(tree.curve[-1])
+                if not tree.root.closed and len(tree.tried) < self.iterations and setting.budget.allows(tree.curve[-1])
             ]
         results = []
         for tree in trees:
@@ -169,22 +155,22 @@ class MCTS(AbstractDecoder):
         paths: list[list[_Node]],
         ours: Prefix,
         theirs: Prefix,
-        policy: Policy,
+        setting: Setting,
         judge: AbstractReward,
-        ledger: Ledger,
     ) -> None:
         """One rollout of each tree from the last node of its path, scored."""
+        policy, ledger = setting.policy, setting.ledger
         nodes = [path[-1] for path in paths]
         starts = [node.length for node in nodes]
         if trees[0].tried:
             rows = list(zip(trees, nodes, strict=True))
             ours = Prefix.cat([tree.policy_tracks[node.rollout].prefix_at(node.length) for tree, node in rows])
             theirs = Prefix.cat([tree.reward_tracks[node.rollout].prefix_at(node.length) for tree, node in rows])
-        room = torch.tensor([self.sampling.max_new_tokens - start for start in starts])
+        room = torch.tensor([setting.sampling.length - start for start in starts])
         rollout = policy.rollout(
-            ours, generators=[seeded_generator(self.seed, t.problem.id, "rollout", len(t.tried)) for t in trees],
-            max_new_tokens=int(room.max()), temperature=self.sampling.temperature, top_p=self.sampling.top_p,
-            keep_encoded=True, budgets=room,
+            ours, setting.sampling,
+            [seeded_generator(setting.seed, t.problem.id, "rollout", len(t.tried)) for t in trees],
+            lengths=room, keep_states=True,
         )  # fmt: skip
         with ledger.phase("score"):
             scored = judge.score(theirs, rollout.ids, rollout.mask)

@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,101 +38,101 @@ from nabla_rl.data.problems import Problem
 from nabla_rl.decoding.acceptance import RULES, Acceptance, Standing
 from nabla_rl.decoding.base import (
     AbstractDecoder,
-    Candidate,
     Decoded,
     Edit,
-    Sampling,
+    Setting,
     draw_rollouts,
     prefill,
     require_reward,
     score_rollouts,
 )
-from nabla_rl.decoding.budget import Budget
-from nabla_rl.decoding.probing import Search, objective_of, probe, start_at
+from nabla_rl.decoding.probing import Relaxed, Walk, objective_of, probe, start_at
 from nabla_rl.dto import DTOConfig
 from nabla_rl.functional.kl import reverse_kl
 from nabla_rl.functional.logps import categorical_from_uniform, selective_log_softmax, top_p_filter
 from nabla_rl.functional.relaxation import sample_gumbel
 from nabla_rl.functional.seeding import seeded_generator
-from nabla_rl.ledger import Ledger
-from nabla_rl.models.backbone import Prefix
+from nabla_rl.models.backbone import Prefix, Track
 from nabla_rl.models.policy import Policy, Rollout
+from nabla_rl.models.sampling import Sampling
 from nabla_rl.rewards.base import AbstractReward
 from nabla_rl.types import UserError
+
+ONE_STEP = DTOConfig(
+    num_steps=1,
+    step_size=0.3,
+    final_step_size=0.03,
+    schedule="constant",
+    optimizer="sgd",
+    weight_decay=0.0,
+)
+"""One plain gradient step, chosen on validation; DTOConfig's own defaults are the published settings."""
 
 
 @dataclass(frozen=True)
 class Nabla(AbstractDecoder):
-    """∇-Reasoner. Defaults are one published sweep, accepted by energy; see configs/decode/ for what runs."""
+    """∇-Reasoner: DTO proposes the next token, a rollout and an acceptance rule decide."""
 
-    dto: DTOConfig = field(default_factory=DTOConfig)
-    beta: float = 1.0
+    dto: DTOConfig = field(default_factory=lambda: ONE_STEP)
+    """The optimisation of logits (DTO); its β is the shared one."""
     acceptance: Acceptance = "energy"
+    """Acceptance rule: lower energy, higher reward (as published), or a metropolis test."""
     max_rollouts: int = 8
-    sweeps: int = 1
-    min_entropy: float = 0.25
+    """Maximum number of rollouts for each problem, the first included (N_max)."""
+    sweeps: int = 8
+    """Maximum number of passes over the completion; published is 1."""
+    min_entropy: float = 0.05
+    """Least entropy in nats of a position that is visited."""
     min_gradient_norm: float = 0.0
+    """Least norm of ∂L/∂y at a position that is visited; 0 switches the test off."""
     resample_temperature: float = 1.0
+    """Temperature of the draw from the optimised logits; 0 takes the largest."""
     resample_top_p: float = 1.0
+    """Nucleus mass of that draw; 1 keeps the whole distribution."""
     support: int | None = None
-    sampling: Sampling = field(default_factory=Sampling)
-    seed: int = 0
-    budget: Budget = field(default_factory=Budget)
-    """Ends the search beside `max_rollouts`; a step is a position visited, with its probe and its rollout."""
-    name: str = "nabla"
+    """Number of tokens optimised at each position; null is the whole vocabulary."""
+
+    name: ClassVar[str] = "nabla"
 
     def __post_init__(self) -> None:
-        """Check the values in the spelling of the command line."""
-        for name, low in (
-            ("max_rollouts", 1),
-            ("sweeps", 1),
-            ("min_entropy", 0),
-            ("min_gradient_norm", 0),
-            ("resample_temperature", 0),
-        ):
-            if self.__dict__[name] < low:
-                raise UserError(f"nabla.{name}: expected at least {low}, found {self.__dict__[name]}.")
-        if self.dto.fresh_noise:
+        """Check the values."""
+        self.check(max_rollouts=1, sweeps=1, min_entropy=0, min_gradient_norm=0, resample_temperature=0)
+        if not 0 < self.resample_top_p <= 1:
             raise UserError(
-                "nabla.dto.fresh_noise: expected false, found true. Decoding draws its noise once a position."
-            )
-        if self.dto.hidden_states and self.support is not None:
-            raise UserError(
-                f"nabla.support: expected null with nabla.dto.hidden_states, found {self.support}. Hidden states move "
-                "the logits of all tokens."
+                "nabla.resample_top_p", "a number in (0, 1]", str(self.resample_top_p), "Use 1 to switch it off."
             )
         if self.support is not None and self.support < 2:
-            raise UserError(f"nabla.support: expected at least 2 tokens, or null for all, found {self.support}.")
+            raise UserError("nabla.support", "at least 2 tokens, or null for all", str(self.support))
 
-    def decode(
-        self, problems: Sequence[Problem], policy: Policy, reward: AbstractReward | None, ledger: Ledger
-    ) -> list[Decoded]:
-        reward = require_reward(self.name, reward)
-        searches = self._start(problems, policy, reward, ledger)
+    def is_deterministic(self, sampling: Sampling) -> bool:
+        return False
+
+    def decode(self, problems: Sequence[Problem], setting: Setting) -> list[Decoded]:
+        reward, policy, ledger = require_reward(self.name, setting.reward), setting.policy, setting.ledger
+        config = replace(self.dto, beta=setting.beta)
+        searches = self._start(problems, setting, reward)
         active = searches
         while active:
             active = [
                 search
                 for search in active
                 if len(search.tried) < self.max_rollouts
-                and self.budget.allows(search.curve[-1])
+                and setting.budget.allows(search.curve[-1])
                 and self._next(search)
             ]
-            unknown = [search for search in active if search.gradient is None]
+            unknown = [search for search in active if search.current.gradient is None]
             if unknown and self._needs_gradient:
                 # no position before the first that is picked is ever visited, in this sweep or a later one
                 starts = [s.position if s.sweep + 1 == self.sweeps else self._first(s) for s in unknown]
                 with ledger.phase("probe"):
-                    probe(
-                        unknown, starts, policy, reward, self._config(), self.support if self._lean(policy) else None
-                    )
+                    probe(unknown, starts, policy, reward, config, self.support if self._lean(policy) else None)
             # a gradient that was not known before may rule the position out: the next round goes on from there
             ready = [search for search in active if self._picked(search)[search.position]]
             if ready:
-                self._advance(ready, policy, reward, ledger)
+                self._advance(ready, setting, reward, config)
             for search in active:
                 search.mark(ledger)
-        return [_finish(search) for search in searches]
+        return [_answer(search) for search in searches]
 
     @property
     def _needs_gradient(self) -> bool:
@@ -142,30 +143,24 @@ class Nabla(AbstractDecoder):
         """Whether logits are kept on the support alone."""
         return self.support is not None and self.support < policy.vocab_size
 
-    def _start(
-        self, problems: Sequence[Problem], policy: Policy, reward: AbstractReward, ledger: Ledger
-    ) -> list[Search]:
-        prefix = prefill(problems, policy, ledger, self.sampling.max_new_tokens)
+    def _start(self, problems: Sequence[Problem], setting: Setting, reward: AbstractReward) -> list[Walk]:
+        policy, ledger = setting.policy, setting.ledger
         rollout = draw_rollouts(
-            problems, policy, prefix, self.sampling, n=1, seed=self.seed, keep_logits=not self._lean(policy),
-            keep_encoded=True, keep_entropy=True,
-        )  # fmt: skip
+            problems, setting, prefill(problems, setting), keep_states=True, keep_logits=not self._lean(policy)
+        )
         rewards, reward_tracks = score_rollouts(problems, reward, rollout.ids, rollout.mask, ledger)
         assert rollout.encoded is not None
         policy_tracks = rollout.encoded.tracks([0] * len(problems))
         searches = []
         for row, problem in enumerate(problems):
-            ids, logps, sampling_logps, logits, entropy = _row(rollout, row)
-            search = Search(
-                problem, row, ids, logps, sampling_logps, logits, entropy, bool(rollout.finished[row]),
-                float(rewards[row]), policy_tracks[row], reward_tracks[row],
-            )  # fmt: skip
-            search.tried.append(_candidate(policy, search))
+            first = _completion(rollout, row, float(rewards[row]), policy_tracks[row], reward_tracks[row])
+            search = Walk(problem, row, first)
+            search.note(first, policy)
             search.mark(ledger)
             searches.append(search)
         return searches
 
-    def _next(self, search: Search) -> bool:
+    def _next(self, search: Walk) -> bool:
         """Go to the next picked position, in the next sweep where this one has none left; False when all sweeps are
         done."""
         while not self._select(search):
@@ -175,47 +170,45 @@ class Nabla(AbstractDecoder):
             search.position = 0
         return True
 
-    def _select(self, search: Search) -> bool:
+    def _select(self, search: Walk) -> bool:
         """Commit tokens up to the next position that the selector picks; False where there is none left."""
         later = self._picked(search)[search.position :].nonzero()
-        skipped = int(later[0]) if len(later) else len(search.ids) - search.position
+        skipped = int(later[0]) if len(later) else len(search.current.ids) - search.position
         search.counts["skipped"] += skipped
         search.position += skipped
         return len(later) > 0
 
-    def _first(self, search: Search) -> int:
+    def _first(self, search: Walk) -> int:
         """The first position that a search can visit while its completion stays as it is."""
         return int(self._picked(search).nonzero()[0])
 
-    def _picked(self, search: Search) -> Tensor:
+    def _picked(self, search: Walk) -> Tensor:
         """Which positions the selector picks, (length,), as far as is known."""
-        picked = search.entropy > self.min_entropy
-        if search.gradient is not None and self.min_gradient_norm > 0:
-            norms = search.gradient.norm(dim=-1)
-            picked[search.gradient_from :] &= norms > self.min_gradient_norm
+        known = search.current
+        picked = known.entropy > self.min_entropy
+        if known.gradient is not None and self.min_gradient_norm > 0:
+            norms = known.gradient.norm(dim=-1)
+            picked[known.gradient_from :] &= norms > self.min_gradient_norm
         return picked
 
-    def _config(self) -> DTOConfig:
-        return replace(self.dto, beta=self.beta)
-
-    def _advance(self, searches: list[Search], policy: Policy, reward: AbstractReward, ledger: Ledger) -> None:
+    def _advance(self, searches: list[Walk], setting: Setting, reward: AbstractReward, config: DTOConfig) -> None:
         """DTO at each search's position, a new token for it, a rollout where the token changed, and the decision."""
-        z_first, supports, norms = self._optimise(searches, policy, reward, ledger)
+        z_first, supports, norms = self._optimise(searches, setting, reward, config)
         own_first = [self._own_logits(s, z) for s, z in zip(searches, z_first, strict=True)]
         changed, tokens, first_logps = [], [], []
         for search, z, own, support, norm in zip(searches, z_first, own_first, supports, norms, strict=True):
             search.counts["visited"] += 1
-            current = int(search.ids[search.position])
+            current = int(search.current.ids[search.position])
             key = (search.problem.id, "resample", search.sweep, search.position, len(search.tried))
-            generator = seeded_generator(self.seed, *key)
+            generator = seeded_generator(setting.seed, *key)
             if self.resample_temperature == 0:
                 index, logps = z.argmax(), torch.zeros_like(z)
-                law = torch.full_like(z, -math.inf).index_fill_(0, index, 0.0)
+                drawn_from = torch.full_like(z, -math.inf).index_fill_(0, index, 0.0)
             else:
                 filtered = top_p_filter(z[None] / self.resample_temperature, self.resample_top_p)
                 index = categorical_from_uniform(filtered, torch.rand(1, generator=generator).to(z.device))[0]
-                logps = law = filtered[0].log_softmax(-1)
-            search.proposal_kl += float(reverse_kl(law, own.log_softmax(-1)))
+                logps = drawn_from = filtered[0].log_softmax(-1)
+            search.proposal_kl += float(reverse_kl(drawn_from, own.log_softmax(-1)))
             token = int(index if support is None else support[index])
             if token == current:
                 search.counts["unchanged"] += 1
@@ -226,30 +219,33 @@ class Nabla(AbstractDecoder):
             tokens.append(token)
             first_logps.append((float(logps[index]), float(logps[old])))
         if changed:
-            self._propose(changed, tokens, first_logps, policy, reward, ledger)
+            self._propose(changed, tokens, first_logps, setting, reward)
 
     def _optimise(
-        self, searches: list[Search], policy: Policy, reward: AbstractReward, ledger: Ledger
+        self, searches: list[Walk], setting: Setting, reward: AbstractReward, config: DTOConfig
     ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor]]:
         """The optimised logits z̃_1 of each search's position, their token ids, and ‖∂L/∂y_1‖."""
-        config = self._config()
+        policy, ledger = setting.policy, setting.ledger
         if config.num_steps == 0:
             norms = [
-                s.gradient[s.position - s.gradient_from].norm() if s.gradient is not None else torch.zeros(())
+                torch.zeros(())
+                if s.current.gradient is None
+                else s.current.gradient[s.position - s.current.gradient_from].norm()
                 for s in searches
             ]
             return [self._first_logits(s, policy) for s in searches], [None] * len(searches), norms
         gradients, supports, rows = [], [], []
         for search in searches:
-            assert search.gradient is not None
-            done = search.position - search.gradient_from
-            gradients.append(search.gradient[done:])
-            supports.append(None if search.support is None else search.support[done:])
+            known = search.current
+            assert known.gradient is not None
+            done = search.position - known.gradient_from
+            gradients.append(known.gradient[done:])
+            supports.append(None if known.support is None else known.support[done:])
             rows.append(
-                search.logits[search.position :] if search.support_logits is None else search.support_logits[done:]
+                known.logits[search.position :] if known.support_logits is None else known.support_logits[done:]
             )
         gradient = pad_sequence(gradients, batch_first=True)
-        ids = pad_sequence([s.ids[s.position :] for s in searches], batch_first=True)
+        ids = pad_sequence([s.current.ids[s.position :] for s in searches], batch_first=True)
         logits = pad_sequence(rows, batch_first=True)
         support = None if supports[0] is None else pad_sequence(supports, batch_first=True)
         firsts = [None if s is None else s[0] for s in supports]
@@ -262,27 +258,22 @@ class Nabla(AbstractDecoder):
             state = start_at(state, start)
             # the gradient at the current completion is known: the first steps need no model
             energy, value, logps = (
-                torch.tensor(x).to(state.logits) for x in zip(*(s.standing for s in searches), strict=True)
+                torch.tensor(x).to(state.logits) for x in zip(*(s.current.standing for s in searches), strict=True)
             )
             state = state._replace(
                 gradient=gradient, energy=energy, reward=value, logps=logps, stale=torch.zeros_like(state.stale)
             )
         elif state.noise is not None:
-            keys = [(self.seed, s.problem.id, "noise", s.sweep, s.position, len(s.tried)) for s in searches]
+            keys = [(setting.seed, s.problem.id, "noise", s.sweep, s.position, len(s.tried)) for s in searches]
             drawn = [
                 sample_gumbel(noise.shape, seeded_generator(*key))
                 for noise, key in zip(state.noise, keys, strict=True)
             ]
             noise = torch.stack(drawn).to(logits)
             state = state._replace(noise=noise, tokens=(state.logits + noise).argmax(-1))
-        unembedding = policy.head_weight if config.hidden_states else None
         with ledger.phase("dto"):
             for _ in range(config.num_steps):
-                state, info = dto.step(
-                    state, objective.log_probs, objective.rewards, config, donate=True, unembedding=unembedding
-                )
-                if config.hidden_states:  # the head is applied twice, to hidden states and back
-                    policy.backbone.record_head(objective.policy_prefix, 2 * objective.mask.sum(-1))
+                state, info = dto.step(state, objective.log_probs, objective.rewards, config, donate=True)
                 for search, evaluated, flips in zip(
                     searches, info.evaluated.tolist(), info.flips.tolist(), strict=True
                 ):
@@ -295,81 +286,71 @@ class Nabla(AbstractDecoder):
                 ledger.record_cached(torch.tensor(served, dtype=torch.int64))
         return list(state.logits[:, 0]), firsts, [g[0].norm() for g in gradients]
 
-    def _own_logits(self, search: Search, optimised: Tensor) -> Tensor:
+    def _own_logits(self, search: Walk, optimised: Tensor) -> Tensor:
         """The policy's logits of the tokens that `optimised` is about, at a search's position."""
         if self.dto.num_steps == 0:
             return optimised
-        if search.support_logits is None:
-            return search.logits[search.position]
-        return search.support_logits[search.position - search.gradient_from]
+        known = search.current
+        if known.support_logits is None:
+            return known.logits[search.position]
+        return known.support_logits[search.position - known.gradient_from]
 
-    def _first_logits(self, search: Search, policy: Policy) -> Tensor:
+    def _first_logits(self, search: Walk, policy: Policy) -> Tensor:
         """The policy's logits at a search's position, (vocab,)."""
         if not self._lean(policy):
-            return search.logits[search.position]
-        prefix = search.policy_track.prefix_at(search.position)
+            return search.current.logits[search.position]
+        prefix = search.current.policy_track.prefix_at(search.position)
         policy.backbone.record_head(prefix, torch.ones(1, dtype=torch.int64))
         with torch.no_grad():
             return policy.next_logits(prefix)[0]
 
     def _propose(
         self,
-        changed: list[tuple[Search, float]],
+        changed: list[tuple[Walk, float]],
         tokens: list[int],
         first_logps: list[tuple[float, float]],
-        policy: Policy,
+        setting: Setting,
         reward: AbstractReward,
-        ledger: Ledger,
     ) -> None:
         """Roll out from the changed tokens, score the whole completions, accept or keep what is there, and commit."""
+        policy, sampling, beta = setting.policy, setting.sampling, setting.beta
         searches = [search for search, _ in changed]
         heads = [s.position for s in searches]
-        prefix = Prefix.cat([s.policy_track.prefix_at(s.position) for s in searches])
+        prefix = Prefix.cat([s.current.policy_track.prefix_at(s.position) for s in searches])
         new = torch.tensor(tokens, device=policy.device)
-        generators = [seeded_generator(self.seed, s.problem.id, "rollout", len(s.tried)) for s in searches]
-        budgets = torch.tensor([self.sampling.max_new_tokens - head for head in heads])
         rollout = policy.rollout(
-            prefix, generators=generators, max_new_tokens=int(budgets.max()), temperature=self.sampling.temperature,
-            top_p=self.sampling.top_p, keep_logits=not self._lean(policy), keep_encoded=True, keep_entropy=True,
-            first_tokens=new, budgets=budgets,
-        )  # fmt: skip
+            prefix,
+            sampling,
+            [seeded_generator(setting.seed, s.problem.id, "rollout", len(s.tried)) for s in searches],
+            lengths=torch.tensor([sampling.length - head for head in heads]),
+            first_tokens=new,
+            keep_states=True,
+            keep_logits=not self._lean(policy),
+        )
         assert rollout.encoded is not None
-        reward_prefix = Prefix.cat([s.reward_track.prefix_at(s.position) for s in searches])
-        with ledger.phase("accept"):
+        reward_prefix = Prefix.cat([s.current.reward_track.prefix_at(s.position) for s in searches])
+        with setting.ledger.phase("accept"):
             scored = reward.score(reward_prefix, rollout.ids, rollout.mask)
         policy_tracks, reward_tracks = rollout.encoded.tracks(heads), scored.encoded.tracks(heads)
         for row, (search, norm) in enumerate(changed):
-            ids, logps, sampling_logps, logits, entropy = _row(rollout, row)
-            if self.sampling.temperature > 0:
+            known, at = search.current, search.position
+            tail = _completion(rollout, row, float(scored.reward[row]), policy_tracks[row], reward_tracks[row])
+            if sampling.temperature > 0:
                 # for an edit before it, in a later sweep, the new token is one that the rollout would have drawn
-                first = self._first_logits(search, policy)[None] if self._lean(policy) else logits[:1]
-                law = top_p_filter(first / self.sampling.temperature, self.sampling.top_p)
-                sampling_logps[:1] = selective_log_softmax(law, ids[:1])
-            at, value = search.position, float(scored.reward[row])
-            candidate = replace(
-                search,
-                ids=torch.cat([search.ids[:at], ids]),
-                logps=torch.cat([search.logps[:at], logps]),
-                sampling_logps=torch.cat([search.sampling_logps[:at], sampling_logps]),
-                logits=torch.cat([search.logits[:at], logits]),
-                entropy=torch.cat([search.entropy[:at], entropy]),
-                finished=bool(rollout.finished[row]),
-                reward=value,
-                policy_track=search.policy_track.spliced(policy_tracks[row]),
-                reward_track=search.reward_track.spliced(reward_tracks[row]),
-                gradient=None,
-                gradient_from=-1,
-            )
+                first = self._first_logits(search, policy)[None] if self._lean(policy) else tail.logits[:1]
+                drawn_from = top_p_filter(first / sampling.temperature, sampling.top_p)
+                tail.sampling_logps[:1] = selective_log_softmax(drawn_from, tail.ids[:1])
+            candidate = spliced(known, at, tail)
             proposed_first, current_first = first_logps[row]
-            suffixes = (float(s.sampling_logps[at + 1 :].sum()) for s in (search, candidate))
-            current = Standing(search.reward, search.energy(self.beta), current_first + next(suffixes))
-            proposed = Standing(value, candidate.energy(self.beta), proposed_first + next(suffixes))
-            generator = seeded_generator(self.seed, search.problem.id, "accept", len(search.tried))
+            suffixes = (float(c.sampling_logps[at + 1 :].sum()) for c in (known, candidate))
+            current = Standing(known.reward, known.energy(beta), current_first + next(suffixes))
+            proposed = Standing(candidate.reward, candidate.energy(beta), proposed_first + next(suffixes))
+            generator = seeded_generator(setting.seed, search.problem.id, "accept", len(search.tried))
             accepted = RULES[self.acceptance](current, proposed, float(torch.rand(1, generator=generator)))
             search.trace.append(
                 Edit(
                     at,
-                    policy.decode([int(search.ids[at])]),
+                    policy.decode([int(known.ids[at])]),
                     policy.decode([tokens[row]]),
                     current.reward,
                     proposed.reward,
@@ -377,50 +358,49 @@ class Nabla(AbstractDecoder):
                     proposed.energy,
                     accepted,
                     norm,
-                    float(search.entropy[at]),
-                )  # fmt: skip
+                    float(known.entropy[at]),
+                )
             )
-            search.tried.append(_candidate(policy, candidate))
+            search.note(candidate, policy)
             if accepted:
                 search.chosen = len(search.tried) - 1
-                for name in _REPLACED:
-                    setattr(search, name, getattr(candidate, name))
+                search.current = candidate
             search.position += 1
 
 
-_REPLACED = (
-    "ids",
-    "logps",
-    "sampling_logps",
-    "logits",
-    "entropy",
-    "finished",
-    "reward",
-    "policy_track",
-    "reward_track",
-    "gradient",
-    "gradient_from",
-)
-"""What an accepted proposal replaces."""
-
-
-def _row(rollout: Rollout, row: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _completion(rollout: Rollout, row: int, reward: float, policy_track: Track, reward_track: Track) -> Relaxed:
+    """A row of a batch of rollouts."""
     real = rollout.mask[row]
     assert rollout.entropy is not None
-    ids, logps, entropy = rollout.ids[row, real], rollout.logps[row, real], rollout.entropy[row, real]
-    logits = logps.new_zeros(len(ids), 0) if rollout.logits is None else rollout.logits[row, real]
-    return ids, logps, rollout.sampling_logps[row, real], logits, entropy
+    ids, logps = rollout.ids[row, real], rollout.logps[row, real]
+    return Relaxed(
+        ids=ids,
+        logps=logps,
+        entropy=rollout.entropy[row, real],
+        finished=bool(rollout.finished[row]),
+        reward=reward,
+        policy_track=policy_track,
+        reward_track=reward_track,
+        sampling_logps=rollout.sampling_logps[row, real],
+        logits=logps.new_zeros(len(ids), 0) if rollout.logits is None else rollout.logits[row, real],
+    )
 
 
-def _candidate(policy: Policy, search: Search) -> Candidate:
-    ids = tuple(search.ids.tolist())
-    return Candidate(policy.decode(ids), ids, float(search.logps.double().sum()), search.reward)
+def spliced(head: Relaxed, at: int, tail: Relaxed) -> Relaxed:
+    """The completion that a new token at position `at` has led to; its gradient is not known."""
+    return Relaxed(
+        ids=torch.cat([head.ids[:at], tail.ids]),
+        logps=torch.cat([head.logps[:at], tail.logps]),
+        entropy=torch.cat([head.entropy[:at], tail.entropy]),
+        finished=tail.finished,
+        reward=tail.reward,
+        policy_track=head.policy_track.spliced(tail.policy_track),
+        reward_track=head.reward_track.spliced(tail.reward_track),
+        sampling_logps=torch.cat([head.sampling_logps[:at], tail.sampling_logps]),
+        logits=torch.cat([head.logits[:at], tail.logits]),
+    )
 
 
-def _finish(search: Search) -> Decoded:
-    final, visited = search.tried[search.chosen], search.counts["visited"]
-    return Decoded(
-        search.problem.id, final.text, final.ids, search.finished, final.logps, search.reward, search.tried,
-        search.trace, len(search.trace), sum(edit.accepted for edit in search.trace), dict(search.counts),
-        search.curve, search.proposal_kl / visited if visited else None,
-    )  # fmt: skip
+def _answer(search: Walk) -> Decoded:
+    visited = search.counts["visited"]
+    return replace(search.answer(), proposal_kl=search.proposal_kl / visited if visited else None)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from nabla_rl import dto
-from nabla_rl.data.problems import Problem
-from nabla_rl.decoding.base import Candidate, Edit
-from nabla_rl.decoding.budget import Point, spent
 from nabla_rl.decoding.objective import HeadLogits, Objective, choose_support, gradient_candidates
+from nabla_rl.decoding.search import Completion, Search
 from nabla_rl.dto import DTOConfig, DTOState
-from nabla_rl.functional.energy import compute_energy
-from nabla_rl.ledger import Ledger
-from nabla_rl.models.backbone import Prefix, Track
+from nabla_rl.models.backbone import Prefix
 from nabla_rl.models.policy import Policy
 from nabla_rl.rewards.base import AbstractReward
 
@@ -27,46 +22,39 @@ GRADIENT_CANDIDATES = 8
 
 
 @dataclass
-class Search:
-    """One problem on its way: the current completion, what is committed of it, and what is known about it."""
+class Relaxed(Completion):
+    """A completion with its logits and the gradient of its energy.
 
-    problem: Problem
-    account: int
-    ids: Tensor  # (length,)
-    logps: Tensor  # (length,)
-    sampling_logps: Tensor  # (length,)
-    logits: Tensor  # (length, vocab); (length, 0) with a support, where `policy_track` has what they are computed from
-    entropy: Tensor  # (length,)
-    finished: bool
-    reward: float
-    policy_track: Track
-    reward_track: Track
+    Attributes:
+        sampling_logps: (length,), log-probabilities under the distribution that the tokens were drawn from.
+        logits: (length, vocab); (length, 0) with a support, where `policy_track` has what they are computed from.
+        gradient_from: The gradient covers positions from here on; -1 where there is none.
+        gradient: (length - gradient_from, support), ∂L/∂y at this completion.
+        support: (length - gradient_from, support), the tokens that the gradient is about.
+        support_logits: (length - gradient_from, support), their logits.
+        standing: Energy, reward and log π of the suffix, as DTO saw them.
+    """
+
+    sampling_logps: Tensor
+    logits: Tensor
+    gradient_from: int = -1
+    gradient: Tensor | None = None
+    support: Tensor | None = None
+    support_logits: Tensor | None = None
+    standing: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+
+@dataclass
+class Walk(Search[Relaxed]):
+    """A search that goes through its completion token by token; what stands before `position` is committed."""
+
     position: int = 0
     sweep: int = 0
-    gradient_from: int = -1  # the gradient below covers positions from here on; -1: there is none
-    gradient: Tensor | None = None  # (length - gradient_from, support), ∂L/∂y at the current completion
-    support: Tensor | None = None  # (length - gradient_from, support)
-    support_logits: Tensor | None = None  # (length - gradient_from, support)
-    standing: tuple[float, float, float] = (0.0, 0.0, 0.0)  # energy, reward, logps of the suffix, as DTO saw them
-    tried: list[Candidate] = field(default_factory=list)
-    chosen: int = 0  # which of them is the current completion
-    curve: list[Point] = field(default_factory=list)
-    trace: list[Edit] = field(default_factory=list)
-    counts: Counter = field(default_factory=Counter)
-    proposal_kl: float = 0.0  # Σ over the positions visited, KL(law the new token is drawn from ‖ policy)
-
-    def mark(self, ledger: Ledger) -> None:
-        """Add the point that the search has come to, where it moved."""
-        point = spent(ledger, self.account, rollouts=len(self.tried), chosen=self.chosen)
-        if not self.curve or point != self.curve[-1]:
-            self.curve.append(point)
-
-    def energy(self, beta: float) -> float:
-        return float(compute_energy(self.logps.double().sum(), torch.tensor(self.reward).double(), beta))
+    proposal_kl: float = 0.0  # Σ over the positions visited, KL(proposal ‖ policy)
 
 
 def objective_of(
-    searches: Sequence[Search],
+    searches: Sequence[Walk],
     starts: Sequence[int],
     policy: Policy,
     reward: AbstractReward,
@@ -75,13 +63,14 @@ def objective_of(
     hard: bool,
 ) -> Objective:
     """The energy of the current completions as functions of their tokens from `starts` on (see `Objective`)."""
-    lengths = torch.tensor([len(s.ids) - at for s, at in zip(searches, starts, strict=True)], device=policy.device)
+    pairs = list(zip([search.current for search in searches], starts, strict=True))
+    lengths = torch.tensor([len(known.ids) - at for known, at in pairs], device=policy.device)
     mask = torch.arange(int(lengths.max()), device=policy.device) < lengths[:, None]
     return Objective(
         policy,
         reward,
-        Prefix.cat([s.policy_track.prefix_at(at) for s, at in zip(searches, starts, strict=True)]),
-        Prefix.cat([s.reward_track.prefix_at(at) for s, at in zip(searches, starts, strict=True)]),
+        Prefix.cat([known.policy_track.prefix_at(at) for known, at in pairs]),
+        Prefix.cat([known.reward_track.prefix_at(at) for known, at in pairs]),
         mask,
         support,
         hard=hard,
@@ -89,7 +78,7 @@ def objective_of(
 
 
 def probe(
-    searches: Sequence[Search],
+    searches: Sequence[Walk],
     starts: Sequence[int],
     policy: Policy,
     reward: AbstractReward,
@@ -98,23 +87,28 @@ def probe(
 ) -> None:
     """Take ∂L/∂y at the current completions, from `starts` on, and choose the tokens to work with.
 
-    Sets `gradient`, `support`, `support_logits` and `standing` of each search.
+    Sets `gradient`, `support`, `support_logits` and `standing` of each current completion.
 
     Args:
-        searches: whose gradients.
-        starts: the first position that each search will visit.
-        policy: the language model.
-        reward: the judge.
-        config: how DTO will go on from here.
-        support_size: tokens of each position; None: the whole vocabulary, with the logits that the searches have.
+        searches: The searches whose gradients are taken.
+        starts: The first position that each search will visit.
+        policy: The language model.
+        reward: The reward model.
+        config: How DTO will continue from here.
+        support_size: Number of tokens at each position; None is the whole vocabulary, with the logits at hand.
     """
-    ids = pad_sequence([s.ids[at:] for s, at in zip(searches, starts, strict=True)], batch_first=True)
+    pairs = list(zip([search.current for search in searches], starts, strict=True))
+    ids = pad_sequence([known.ids[at:] for known, at in pairs], batch_first=True)
     support = None
     objective = objective_of(searches, starts, policy, reward, None, hard=config.relaxation != "softmax")
     if support_size is None:
-        logits = pad_sequence([s.logits[at:] for s, at in zip(searches, starts, strict=True)], batch_first=True)
+        logits = pad_sequence(
+            [s.current.logits[at:] for s, at in zip(searches, starts, strict=True)], batch_first=True
+        )
     else:
-        hidden = [s.policy_track.hidden[at : len(s.ids)] for s, at in zip(searches, starts, strict=True)]
+        hidden = [
+            s.current.policy_track.hidden[at : len(s.current.ids)] for s, at in zip(searches, starts, strict=True)
+        ]
         every = HeadLogits(policy, pad_sequence(hidden, batch_first=True))
         num = min(GRADIENT_CANDIDATES, support_size - 1)
         candidates = gradient_candidates(objective, ids, every, config.beta, num) if num else None
@@ -124,15 +118,16 @@ def probe(
     state = dto.init(logits, objective.mask, config)
     state = start_at(state, ids if support is None else (support == ids[..., None]).int().argmax(-1))
     # one update is made and thrown away: what is wanted is the gradient that it evaluates
-    plain = replace(config, trust_region=None, hidden_states=False)
+    plain = replace(config, trust_region=None)
     state, _ = dto.step(state, objective.log_probs, objective.rewards, plain)
     assert state.gradient is not None
     for row, search in enumerate(searches):
         real = objective.mask[row]
-        search.gradient, search.gradient_from = state.gradient[row, real], starts[row]
-        search.support = None if support is None else support[row, real]
-        search.support_logits = None if support is None else logits[row, real]
-        search.standing = (float(state.energy[row]), float(state.reward[row]), float(state.logps[row]))
+        known = search.current
+        known.gradient, known.gradient_from = state.gradient[row, real], starts[row]
+        known.support = None if support is None else support[row, real]
+        known.support_logits = None if support is None else logits[row, real]
+        known.standing = (float(state.energy[row]), float(state.reward[row]), float(state.logps[row]))
         search.counts["probes"] += 1
 
 

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
-from nabla_rl.data.problems import Extract, Problem, extract_boxed
-from nabla_rl.decoding.base import AbstractDecoder, Candidate, Decoded, Sampling
-from nabla_rl.decoding.budget import Budget
+from nabla_rl.data.problems import Extract, Problem
+from nabla_rl.decoding.base import AbstractDecoder, Candidate, Decoded, Setting
 from nabla_rl.decoding.draws import answer_by_draws
-from nabla_rl.ledger import Ledger
-from nabla_rl.models.policy import Policy
-from nabla_rl.rewards.base import AbstractReward
 
 
 def choose_by_majority(tried: Sequence[Candidate], extract: Extract) -> int:
-    """The first candidate with the most frequent answer; ties go to the answer seen first, no answer never wins a
-    vote."""
+    """The first candidate with the most frequent answer.
+
+    Ties go to the answer seen first. Completions without an answer do not vote.
+    """
     answers = [extract(candidate.text) for candidate in tried]
     counts = Counter(answer for answer in answers if answer is not None)
     if not counts:
@@ -28,21 +27,20 @@ def choose_by_majority(tried: Sequence[Candidate], extract: Extract) -> int:
 
 @dataclass(frozen=True)
 class SelfConsistency(AbstractDecoder):
-    """The majority answer of n samples. No reward model."""
+    """The majority answer of n samples, without a reward model."""
 
     n: int = 8
-    """Completions at most."""
-    sampling: Sampling = field(default_factory=Sampling)
-    seed: int = 0
-    extract: Extract = extract_boxed
-    budget: Budget = field(default_factory=Budget)
-    name: str = "self_consistency"
+    """Number of completions drawn."""
 
-    def decode(
-        self, problems: Sequence[Problem], policy: Policy, reward: AbstractReward | None, ledger: Ledger
-    ) -> list[Decoded]:
-        extract = cache(self.extract)
+    name: ClassVar[str] = "self_consistency"
+    needs_reward: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        self.check(n=1)
+
+    def decode(self, problems: Sequence[Problem], setting: Setting) -> list[Decoded]:
+        extract = cache(setting.extract)
         return answer_by_draws(
-            problems, policy, None, ledger, sampling=self.sampling, seed=self.seed, most=self.n, budget=self.budget,
-            choose=lambda tried: choose_by_majority(tried, extract),
-        )  # fmt: skip
+            problems, setting, None, most=self.n, choose=lambda tried: choose_by_majority(tried, extract)
+        )

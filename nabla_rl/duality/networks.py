@@ -14,6 +14,7 @@ from nabla_rl.duality.space import Space
 from nabla_rl.ledger import Ledger
 from nabla_rl.models.backbone import Prefix
 from nabla_rl.models.policy import Policy
+from nabla_rl.models.sampling import Sampling
 from nabla_rl.rewards.base import AbstractReward
 from nabla_rl.types import UserError
 
@@ -67,7 +68,7 @@ def likely_tokens(
     prefix = _extend(policy, policy.prefill([policy.encode_prompt(problem.problem)], one, ledger), head_ids)
     rows = prefix.select(torch.zeros(draws, dtype=torch.int64))
     generators = [F.seeded_generator(seed, problem.id, "alphabet", draw) for draw in range(draws)]
-    rollout = policy.rollout(rows, generators=generators, max_new_tokens=length, keep_logits=True)
+    rollout = policy.rollout(rows, Sampling(1.0, 1.0, length), generators, keep_logits=True)
     assert rollout.logits is not None
     expected = (rollout.logits.double().softmax(-1) * rollout.mask[..., None]).sum((0, 1))
     expected[policy.get_buffer("eos_ids")] = -1.0

@@ -34,7 +34,7 @@ from nabla_rl.duality.networks import completion_landscape, likely_tokens
 from nabla_rl.duality.rl import Training, natural_gradient_law, train_exact, train_sampled
 from nabla_rl.duality.settings import ExactSettings
 from nabla_rl.duality.verdicts import KL_BOUND, TV_BOUND
-from nabla_rl.models.loading import PolicyOptions, RewardOptions, load_classifier, load_policy
+from nabla_rl.models.loading import RewardOptions, load_classifier, load_policy
 from nabla_rl.rewards.sequence_classifier import SequenceClassifierReward
 from nabla_rl.types import UserError
 
@@ -72,9 +72,9 @@ def build_landscape(name: str, seed: int = 0) -> Landscape:
     if name not in NETWORK_PROBLEMS:
         raise UserError(f"--grid.landscape: expected one of {', '.join(LANDSCAPES)}, found {name!r}.")
     cpu, wanted = torch.device("cpu"), NETWORK_PROBLEMS[name]
-    policy = load_policy(PolicyOptions(dtype="float64"), family="sorting", device=cpu)
+    policy = load_policy("sorting/tiny-policy", dtype="float64", device=cpu)
     reward = SequenceClassifierReward(
-        *load_classifier(RewardOptions(dtype="float64"), family="sorting", device=cpu)  # pyright: ignore
+        *load_classifier("sorting/tiny-reward", RewardOptions(dtype="float64"), device=cpu)  # pyright: ignore
     )
     problem = next(p for p in islice(generate(SORTING, "hard", 0), 100) if p.id == wanted)
     assert problem.solution is not None

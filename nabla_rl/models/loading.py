@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, is_offline_mode, try_to_load_from_cache
@@ -26,45 +27,66 @@ ASSETS = Path(__file__).parents[1] / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+
+
 @dataclass(frozen=True)
 class PolicyOptions:
     """Which policy."""
 
-    name: str = "tiny-policy"
-    """A folder, a Hub name, or an embedded model (tiny-policy, tiny-student, tiny-strong)."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
-    """Weights' type; auto is bfloat16 on a GPU, float32 elsewhere. Logits and log-probabilities: float32 at least."""
+    name: str = "words/tiny-policy"
+    """Folder, Hub name, or embedded model (tiny-policy, tiny-student, tiny-strong)."""
+    dtype: Dtype = "auto"
+    """Type of the weights; auto is bfloat16 on a GPU, float32 elsewhere."""
     system_prompt: str | None = None
-    """The system turn of the chat template."""
+    """System turn of the chat template; null is none."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the checkpoint. Only for publishers you trust."""
+    """Permission to run Python code that comes with the checkpoint."""
     adapter: str | None = None
-    """A PEFT adapter folder (what align.py writes) to add to the weights. null: none."""
+    """Folder of a PEFT adapter to merge into the weights; null is none."""
 
 
 @dataclass(frozen=True)
 class RewardOptions:
     """Which reward model."""
 
-    name: str | None = "tiny-reward"
-    """A folder, a Hub name, or an embedded model (tiny-reward, tiny-gold; tiny-strong for likelihood). null: none."""
-    kind: Literal["sequence_classifier", "likelihood"] = "sequence_classifier"
-    """Reads a classifier's logit at the last token, or the log-likelihood under a stronger language model."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
-    """As for the policy."""
+    name: str | None = "words/tiny-reward"
+    """Folder, Hub name, or embedded model (tiny-reward, tiny-gold); null is no reward model."""
+    kind: str = "sequence_classifier"
+    """Kind of reward: sequence_classifier, likelihood, or the class path of your own."""
+    dtype: Dtype = "auto"
+    """Type of the weights; auto is bfloat16 on a GPU, float32 elsewhere."""
     system_prompt: str | None = None
-    """The system turn of the reward model's own chat template."""
+    """System turn of the reward model's chat template; null is none."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the checkpoint. Only for publishers you trust."""
+    """Permission to run Python code that comes with the checkpoint."""
     taught: str | None = None
-    """A copy of the reward that was taught its gradient (tiny-taught, a folder, or a PEFT adapter's folder), for
-    proposals by gradient."""
+    """Copy that was taught its gradient (model or adapter folder), for proposals by gradient; null is none."""
 
 
-def resolve_name(name: str, family: str) -> str:
+def is_embedded(name: str | None) -> bool:
+    """Whether a name is that of an embedded model, such as words/tiny-policy."""
+    return bool(name) and not Path(str(name)).exists() and (ASSETS / str(name) / "config.json").is_file()
+
+
+def qualified(name: str, family: str) -> str:
+    """A model's name, with the family before the bare name of an embedded one: tiny-policy is words/tiny-policy."""
+    return f"{family}/{name}" if "/" not in name and is_embedded(f"{family}/{name}") else name
+
+
+def embedded_names() -> list[str]:
+    """The embedded models."""
+    return sorted(f"{file.parent.parent.name}/{file.parent.name}" for file in ASSETS.glob("*/*/config.json"))
+
+
+def resolve_name(name: str) -> str:
     """The folder of an embedded model, or the name as it is."""
-    embedded = ASSETS / family / name
-    return str(embedded) if embedded.is_dir() else name
+    return str(ASSETS / name) if is_embedded(name) else name
+
+
+def default_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -75,31 +97,42 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def load_policy(
-    options: PolicyOptions, *, family: str, device: torch.device, argument: str = "model.policy.name"
+    name: str | PolicyOptions = "words/tiny-policy",
+    *,
+    device: torch.device | str | None = None,
+    argument: str = "policy",
+    **options: Any,
 ) -> Policy:
-    """A frozen policy with its tokenizer, on a device. `argument` is the option that errors name.
+    """A frozen policy with its tokenizer.
+
+    Args:
+        name: A folder, a Hub name, or an embedded model such as "words/tiny-policy"; or all options at once.
+        device: Where the weights are put; None is the GPU where there is one.
+        argument: The setting that errors are about.
+        options: Fields of `PolicyOptions`: dtype, adapter, system_prompt, trust_remote_code.
 
     Raises:
-        UserError: there is no such model, or it cannot be loaded.
+        UserError: There is no such model, or it cannot be loaded.
     """
-    name = resolve_name(options.name, family)
-    model = _load(AutoModelForCausalLM, argument, name, options, device)
-    if options.adapter is not None:
+    given = replace(name, **options) if isinstance(name, PolicyOptions) else PolicyOptions(name, **options)
+    place = default_device() if device is None else torch.device(device)
+    folder = resolve_name(given.name)
+    model = load_weights(AutoModelForCausalLM, f"{argument}.name", folder, given, place)
+    if given.adapter is not None:
         from nabla_rl.models.adapters import merge_adapter  # PEFT takes seconds to import
 
-        model = merge_adapter(model, options.adapter, argument=f"{argument.rpartition('.')[0]}.adapter")
-    tokenizer = load_tokenizer(argument, name, options.trust_remote_code)
-    return Policy(model, tokenizer, system_prompt=options.system_prompt)
+        model = merge_adapter(model, given.adapter, argument=f"{argument}.adapter")
+    tokenizer = load_tokenizer(f"{argument}.name", folder, given.trust_remote_code)
+    return Policy(model, tokenizer, system_prompt=given.system_prompt)
 
 
 def load_classifier(
-    options: RewardOptions, *, family: str, device: torch.device, argument: str = "model.reward.name"
+    name: str, options: RewardOptions, *, device: torch.device, argument: str = "reward.name"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A sequence classifier with its tokenizer, on a device. `argument` is the option that errors name."""
-    assert options.name is not None
-    name = resolve_name(options.name, family)
-    model = _load(AutoModelForSequenceClassification, argument, name, options, device)
-    return model, load_tokenizer(argument, name, options.trust_remote_code)
+    """A sequence classifier with its tokenizer, on a device. `argument` is the setting that errors are about."""
+    folder = resolve_name(name)
+    model = load_weights(AutoModelForSequenceClassification, argument, folder, options, device)
+    return model, load_tokenizer(argument, folder, options.trust_remote_code)
 
 
 def load_tokenizer(argument: str, name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -108,19 +141,19 @@ def load_tokenizer(argument: str, name: str, trust_remote_code: bool = False) ->
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--{argument}: expected a tokenizer beside '{name}', found none ({_first_line(error)}). Save one there."
+            argument, f"a tokenizer beside '{name}'", f"none ({_first_line(error)})", "Save one there."
         ) from error
 
 
-def _load(
+def load_weights(
     auto: type, argument: str, name: str, options: PolicyOptions | RewardOptions, device: torch.device
 ) -> PreTrainedModel:
+    """A model of one of transformers' auto classes, whole, from safetensors alone."""
     path = Path(name)
     looks_local = name.startswith((".", "/", "~")) or path.exists() or name.count("/") > 1
     if looks_local and not (path / "config.json").is_file():
         raise UserError(
-            f"--{argument}: expected a model folder with config.json, found none at '{name}'. Check the path, or give "
-            "a Hub name."
+            argument, "a model folder with config.json", f"none at '{name}'", "Check the path, or give a Hub name."
         )
     if not looks_local:
         _check_hub(argument, name)
@@ -136,24 +169,38 @@ def _load(
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise
         raise UserError(
-            f"--{argument}: expected a folder, a Hub name or an embedded model, found '{name}', which cannot be "
-            f"loaded ({_first_line(error)}). Check the name, or download it to a folder first."
+            argument,
+            "a folder, a Hub name or an embedded model",
+            f"'{name}', which cannot be loaded ({_first_line(error)})",
+            _similar(name) or "Check the name, or download it to a folder first.",
         ) from error
     # transformers fills what a checkpoint lacks with random weights and says so in a log only
     untrained = sorted(info["missing_keys"])
     if untrained:
         kind = "language model" if auto is AutoModelForCausalLM else "sequence classifier"
         raise UserError(
-            f"--{argument}: expected a trained {kind}, found '{name}' without {', '.join(untrained[:3])} "
-            f"({len(untrained)} missing in all). Take a checkpoint of a {kind}."
+            argument,
+            f"a trained {kind}",
+            f"'{name}' without {', '.join(untrained[:3])} ({len(untrained)} missing in all)",
+            f"Take a checkpoint of a {kind}.",
         )
     return model.to(device)
 
 
-def _check_hub(argument: str, name: str) -> None:
-    """Ask the Hub for a model once or twice: the libraries go on asking for most of a minute before they give up.
+def _similar(name: str) -> str | None:
+    """The advice where a name is nearly that of an embedded model."""
+    known = embedded_names()
+    close = get_close_matches(name, [*known, *(each.partition("/")[2] for each in known)], 1, 0.75)
+    if not close:
+        return None
+    found = next(each for each in known if each == close[0] or each.endswith(f"/{close[0]}"))
+    return f"Did you mean the embedded model {found}?"
 
-    What is in the cache is not asked for. Whatever the Hub answers, the libraries deal with.
+
+def _check_hub(argument: str, name: str) -> None:
+    """Ask the Hub for a model once or twice: the libraries keep asking for most of a minute before they give up.
+
+    A model in the cache is not asked for. Whatever the Hub answers, the libraries deal with.
     """
     try:
         if is_offline_mode() or isinstance(try_to_load_from_cache(name, "config.json"), str):
@@ -171,9 +218,11 @@ def _check_hub(argument: str, name: str) -> None:
             if failure is None:
                 return
     raise UserError(
-        f"--{argument}: expected a folder, a Hub name or an embedded model, found '{name}', which is no folder, not "
-        f"embedded, not in the cache, and the Hub cannot be reached ({url.split('/' + name)[0]}: {failure}). Check "
-        "the name, connect, or download it to a folder first."
+        argument,
+        "a folder, a Hub name or an embedded model",
+        f"'{name}', which is no folder, not embedded, not in the cache, and the Hub cannot be reached "
+        f"({url.split('/' + name)[0]}: {failure})",
+        _similar(name) or "Check the name, connect, or download it to a folder first.",
     )
 
 

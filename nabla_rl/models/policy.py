@@ -21,6 +21,7 @@ from nabla_rl.functional.logps import (
 from nabla_rl.ledger import Ledger, Stopwatch
 from nabla_rl.models.backbone import Backbone, Encoded, Prefix
 from nabla_rl.models.prompts import encode_prompt, special_id
+from nabla_rl.models.sampling import Sampling
 from nabla_rl.models.stepping import open_steps
 from nabla_rl.types import UserError
 
@@ -41,8 +42,8 @@ class Rollout:
         finished: (batch,), did the completion end by itself, or was it cut at the maximum length?
         logits: (batch, length, vocab) before temperature, float32 (float64 for a float64 model), where they were
             asked for.
-        encoded: keys, values and hidden states of prefix and completion, where they were asked for.
-        entropy: (batch, length), of the policy at temperature 1, zero at padding, where it was asked for.
+        encoded: keys, values and hidden states of prefix and completion, where states were asked for.
+        entropy: (batch, length), of the policy at temperature 1, zero at padding, where states were asked for.
         top_ids, top_logps: (batch, length, k), the policy's likeliest tokens at each position and their
             log-probabilities, where they were asked for.
     """
@@ -119,7 +120,9 @@ class Policy(nn.Module):
             eos |= set(ids if isinstance(ids, list) else [ids])
         ends = sorted(token for token in eos if token is not None)
         if not ends:
-            raise UserError("policy: expected an end-of-sequence token, found none. Set `eos_token` on the tokenizer.")
+            raise UserError(
+                "policy.name", "a model with an end-of-sequence token", "none", "Set `eos_token` on the tokenizer."
+            )
         self.register_buffer("eos_ids", torch.tensor(ends, device=self.backbone.device), persistent=False)
         pad = special_id(tokenizer, "pad")
         self.pad_id = ends[0] if pad is None else pad
@@ -131,6 +134,14 @@ class Policy(nn.Module):
     @property
     def vocab_size(self) -> int:
         return self.head_weight.shape[0]
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Maximum tokens of a completion by the model's own generation config; 512 without one, or half the context
+        where that is less."""
+        config = self.backbone.model.generation_config
+        own = None if config is None else config.max_new_tokens
+        return own or min(512, max(self.backbone.context_length // 2, 1))
 
     @property
     def head_weight(self) -> Tensor:
@@ -206,42 +217,37 @@ class Policy(nn.Module):
     def rollout(
         self,
         prefix: Prefix,
+        sampling: Sampling,
+        generators: Sequence[torch.Generator] | None = None,
         *,
-        generators: Sequence[torch.Generator] | None,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        keep_logits: bool = False,
-        keep_encoded: bool = False,
-        keep_entropy: bool = False,
-        keep_top: int = 0,
+        lengths: Tensor | None = None,
         first_tokens: Tensor | None = None,
-        budgets: Tensor | None = None,
         stops: Tensor | None = None,
+        keep_states: bool = False,
+        keep_logits: bool = False,
+        keep_top: int = 0,
     ) -> Rollout:
         """Sample completions to the end.
 
         Args:
-            prefix: encoded prompts, one row for each completion wanted; not changed.
-            generators: one CPU generator for each row; a row's tokens depend on its own generator alone. None is
-                greedy.
-            max_new_tokens: tokens at most.
-            temperature: divides the logits; 0 is greedy.
-            top_p: nucleus sampling after temperature; 1 samples from the whole distribution.
-            keep_logits: return the raw logits of every position.
-            keep_encoded: return keys, values and hidden states, so that any position can become a prefix without a
-                pass.
-            keep_entropy: return the entropy of every position.
-            keep_top: return so many of the likeliest tokens of every position.
+            prefix: Encoded prompts, one row for each completion wanted; not changed.
+            sampling: Temperature, nucleus and maximum length.
+            generators: One CPU generator for each row, on which alone its tokens depend; None where nothing is drawn.
+            lengths: (batch,), maximum tokens of each row; None is `sampling.max_new_tokens` for all.
             first_tokens: (batch,), tokens to begin with, instead of a draw (their `sampling_logps` are zero).
-            budgets: (batch,), tokens at most of each row, where that is fewer than `max_new_tokens`.
-            stops: token ids that end a rollout as its length does: it is not `finished`.
+            stops: Token ids that end a rollout as its length does: it is not `finished`.
+            keep_states: Return keys, values, hidden states and entropies, so that any position can become a prefix
+                without a pass.
+            keep_logits: Return the raw logits of every position.
+            keep_top: Number of likeliest tokens to return at every position.
 
         Raises:
-            UserError: the model gave logits that are not finite.
+            UserError: The model gave logits that are not finite.
         """
+        temperature, top_p = sampling.temperature, sampling.top_p
+        max_new_tokens = sampling.length if lengths is None else int(lengths.max())
         rows, device = len(prefix), self.device
-        greedy = generators is None or temperature == 0
+        greedy = temperature == 0
         uniforms = None
         if not greedy:
             assert generators is not None
@@ -252,12 +258,12 @@ class Policy(nn.Module):
         logps, sampling_logps, entropy = (
             torch.zeros(rows, max_new_tokens, dtype=dtype, device=device) for _ in range(3)
         )
-        store = _Store(rows, max_new_tokens, prefix) if keep_encoded else None
+        store = _Store(rows, max_new_tokens, prefix) if keep_states else None
         kept_logits: list[Tensor] = []
         top_ids = torch.zeros(rows, max_new_tokens, keep_top, dtype=torch.int64, device=device)
         top_logps = torch.zeros(rows, max_new_tokens, keep_top, dtype=dtype, device=device)
         finished = torch.zeros(rows, dtype=torch.bool, device=device)
-        budgets = None if budgets is None else budgets.to(device)
+        lengths = None if lengths is None else lengths.to(device)
 
         active, hidden = torch.arange(rows, device=device), prefix.hidden
         live = torch.ones_like(active, dtype=torch.bool)  # rows of the running batch that have not ended
@@ -267,7 +273,7 @@ class Policy(nn.Module):
             logits = self.logits(hidden)
             if not torch.isfinite(logits).all():
                 raise UserError(
-                    "policy: expected finite logits, found NaN or infinity. Check the weights, or use float32."
+                    "policy.dtype", "finite logits", "NaN or infinity", "Check the weights, or use float32."
                 )
             alive = active[live]
             if length == 0 and first_tokens is not None:
@@ -282,7 +288,7 @@ class Policy(nn.Module):
                 sampling_logps[alive, length] = drawn[live]
             ids[alive, length], mask[alive, length] = tokens[live], True
             logps[alive, length] = selective_log_softmax(logits, tokens)[live]
-            if keep_entropy:
+            if keep_states:
                 entropy[alive, length] = compute_entropy(logits)[live]
             if keep_top:
                 best = log_softmax(logits).topk(keep_top, -1)
@@ -297,8 +303,8 @@ class Policy(nn.Module):
             ended = torch.isin(tokens, self.get_buffer("eos_ids")) & live
             finished[active[ended]] = True
             live = live & ~ended
-            if budgets is not None:
-                live = live & (budgets[active] > length)
+            if lengths is not None:
+                live = live & (lengths[active] > length)
             if stops is not None:
                 live = live & ~torch.isin(tokens, stops)
             if length == max_new_tokens or not live.any():
@@ -326,7 +332,7 @@ class Policy(nn.Module):
             finished,
             torch.stack(kept_logits, 1) if keep_logits else None,
             store.encoded(length, mask) if store is not None else None,
-            entropy[:, :length] if keep_entropy else None,
+            entropy[:, :length] if keep_states else None,
             top_ids[:, :length] if keep_top else None,
             top_logps[:, :length] if keep_top else None,
         )

@@ -15,7 +15,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from nabla_rl.decoding.budget import Budget, Point, point_at
+from nabla_rl.budget import Budget, Point, point_at
 from nabla_rl.functional.seeding import seeded_generator
 from nabla_rl.metrics.paired import bootstrap_interval, mcnemar_p, sign_flip_p
 from nabla_rl.report.html import figure_block, rows_table, svg_text, write_page

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nabla_rl.ledger import Ledger
 from nabla_rl.models.backbone import Encoded, Prefix, Track
+from nabla_rl.models.loading import RewardOptions
 from nabla_rl.types import UserError
 
 
@@ -33,9 +35,32 @@ class AbstractReward(nn.Module, ABC):
 
     On a prefix that holds completion tokens already (cut out of `Scored.encoded`) it gives the reward of the whole
     completion.
+
+    Attributes:
+        name: What this kind of reward is called in `--model.reward.kind` and its own options.
+        tokenizer: The tokenizer, which shares the policy's vocabulary.
     """
 
+    name: ClassVar[str]
     tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def load(cls, options: RewardOptions, *, device: torch.device, argument: str) -> AbstractReward:
+        """The reward that the options ask for, frozen, on a device.
+
+        Further keyword arguments of a subclass are options of its own, which the command line shows and hands over.
+
+        Args:
+            options: Name, type of the weights, and the other options that every kind has.
+            device: Where the weights are put.
+            argument: The setting that errors are about, such as "reward".
+        """
+        raise UserError(
+            f"{argument}.kind",
+            "a class with a `load` method of its own",
+            cls.__name__,
+            "Write one, as docs/extending.md shows.",
+        )
 
     @abstractmethod
     def prefill(self, problems: list[str], accounts: Tensor, ledger: Ledger) -> Prefix:
@@ -109,16 +134,19 @@ class AbstractProcessReward(AbstractReward):
         """
 
 
-def check_shared_vocabulary(policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase) -> None:
+def check_shared_vocabulary(
+    policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase, *, argument: str = "reward.name"
+) -> None:
     """Refuse a pair of tokenizers that give tokens different ids, with the count of them."""
     ours, theirs = policy.get_vocab(), reward.get_vocab()
     differing = sum(theirs.get(token) != index for token, index in ours.items())
     differing += sum(token not in ours for token in theirs)
     if differing:
         raise UserError(
-            f"model.reward: expected the policy's vocabulary of {len(ours)} tokens, found one of "
-            f"{len(theirs)} in which "
-            f"{differing} tokens differ. Take a reward model of the policy's family."
+            argument,
+            f"the policy's vocabulary of {len(ours)} tokens",
+            f"one of {len(theirs)} in which {differing} tokens differ",
+            "Take a reward model of the policy's family.",
         )
 
 

@@ -130,14 +130,18 @@ def compute_rewards(functions: Sequence[RewardFunction], **columns: Any) -> Tens
         given = function(**columns)
         if len(given) != count:
             raise UserError(
-                f"reward {reward_name(function)!r}: expected one reward for each of {count} completions, found "
-                f"{len(given)}. Return a list as long as `completions`."
+                f"reward {reward_name(function)!r}",
+                f"one reward for each of {count} completions",
+                str(len(given)),
+                "Return a list as long as `completions`.",
             )
         values = [NAN if value is None else float(value) for value in given]
         if any(math.isinf(value) for value in values):
             raise UserError(
-                f"reward {reward_name(function)!r}: expected numbers, found infinity. Return None where a reward does "
-                "not apply."
+                f"reward {reward_name(function)!r}",
+                "numbers",
+                "infinity",
+                "Return None where a reward does not apply.",
             )
         parts.append(torch.tensor(values, dtype=torch.float32))
     return torch.stack(parts, 1)
@@ -161,8 +165,10 @@ def import_reward(name: str) -> RewardFunction:
         function = getattr(importlib.import_module(module), attribute, None)
     if not callable(function):
         raise UserError(
-            f"--model.reward_funcs: expected judge, grader, or the dotted name of a function, found {name!r}. Check "
-            "that it can be imported from here."
+            "reward_funcs",
+            "judge, grader, or the dotted name of a function",
+            repr(name),
+            "Check that it can be imported from here.",
         )
     return function  # pyright: ignore
 

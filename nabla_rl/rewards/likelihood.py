@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from nabla_rl.functional.energy import expected_logps
 from nabla_rl.functional.logps import upcast
 from nabla_rl.ledger import Ledger
 from nabla_rl.models.backbone import Encoded, Prefix, Track
+from nabla_rl.models.loading import PolicyOptions, RewardOptions, load_policy
 from nabla_rl.models.policy import Policy
 from nabla_rl.rewards.base import AbstractProcessReward, Scored
 
@@ -22,6 +24,14 @@ class LikelihoodReward(AbstractProcessReward):
     Args:
         judge: the stronger language model. It is booked as the reward.
     """
+
+    name: ClassVar[str] = "likelihood"
+
+    @classmethod
+    def load(cls, options: RewardOptions, *, device: torch.device, argument: str) -> LikelihoodReward:
+        assert options.name is not None
+        policy = PolicyOptions(options.name, options.dtype, options.system_prompt, options.trust_remote_code)
+        return cls(load_policy(policy, device=device, argument=argument))
 
     def __init__(self, judge: Policy):
         super().__init__()

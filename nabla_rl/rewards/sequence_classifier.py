@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nabla_rl.functional.logps import upcast
 from nabla_rl.ledger import Ledger
 from nabla_rl.models.backbone import Backbone, Encoded, Prefix, Track
+from nabla_rl.models.loading import RewardOptions, load_classifier
 from nabla_rl.models.prompts import encode_judged
 from nabla_rl.rewards.base import AbstractProcessReward, Scored
 from nabla_rl.types import UserError
@@ -29,6 +32,20 @@ class SequenceClassifierReward(AbstractProcessReward):
             one, first-order changes are its, on top of what the untaught model has encoded.
     """
 
+    name: ClassVar[str] = "sequence_classifier"
+
+    @classmethod
+    def load(cls, options: RewardOptions, *, device: torch.device, argument: str) -> SequenceClassifierReward:
+        assert options.name is not None
+        model, tokenizer = load_classifier(options.name, options, device=device, argument=f"{argument}.name")
+        try:
+            return cls(
+                model, tokenizer, system_prompt=options.system_prompt,
+                proposer=load_proposer(options, device=device, argument=argument),
+            )  # fmt: skip
+        except UserError as error:
+            raise error.renamed(lambda name: name.replace("reward", argument, 1)) from error
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -40,8 +57,10 @@ class SequenceClassifierReward(AbstractProcessReward):
         super().__init__()
         if model.config.num_labels != 1 or "score" not in dict(model.named_children()):
             raise UserError(
-                f"model.reward: expected a sequence classifier with one label and a `score` head, found "
-                f"{type(model).__name__} with {model.config.num_labels} labels. Take a reward model."
+                "reward.name",
+                "a sequence classifier with one label and a `score` head",
+                f"{type(model).__name__} with {model.config.num_labels} labels",
+                "Take a reward model.",
             )
         self.backbone = Backbone(model, "reward")
         self.proposer = None if proposer is None else Backbone(proposer, "reward")
@@ -134,10 +153,21 @@ class SequenceClassifierReward(AbstractProcessReward):
     def _head(self, hidden: Tensor) -> Tensor:
         value = upcast(self.backbone.model.get_submodule("score")(hidden)).squeeze(-1)
         if not torch.isfinite(value).all():
-            raise UserError(
-                "reward: expected finite scores, found NaN or infinity. Check the weights, or use float32."
-            )
+            raise UserError("reward.dtype", "finite scores", "NaN or infinity", "Check the weights, or use float32.")
         return value
+
+
+def load_proposer(options: RewardOptions, *, device: torch.device, argument: str) -> PreTrainedModel | None:
+    """The copy that was taught its gradient, a model or a PEFT adapter; None where none is named."""
+    taught = options.taught
+    if taught is None:
+        return None
+    if (Path(taught) / "adapter_config.json").is_file():
+        from nabla_rl.models.adapters import merge_adapter  # PEFT takes seconds to import
+
+        copy, _ = load_classifier(str(options.name), options, device=device, argument=f"{argument}.name")
+        return merge_adapter(copy, taught, argument=f"{argument}.taught")
+    return load_classifier(taught, options, device=device, argument=f"{argument}.taught")[0]
 
 
 def _cut(tracks: Sequence[Track], positions: Tensor, mask: Tensor) -> tuple[Prefix, Tensor]:

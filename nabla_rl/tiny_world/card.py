@@ -17,12 +17,12 @@ from torchmetrics.functional.classification import binary_auroc
 
 from nabla_rl.data.problems import Problem
 from nabla_rl.data.tiny import Family, generate
-from nabla_rl.decoding import Greedy, Sampling
+from nabla_rl.decoding import Greedy, Sampling, Setting
 from nabla_rl.decoding.base import draw_rollouts, prefill
 from nabla_rl.functional.energy import compute_energy
 from nabla_rl.ledger import Ledger
 from nabla_rl.metrics import wilson_interval
-from nabla_rl.models.loading import PolicyOptions, RewardOptions, load_classifier, load_policy
+from nabla_rl.models.loading import RewardOptions, load_classifier, load_policy
 from nabla_rl.models.policy import Policy
 from nabla_rl.rewards.base import AbstractProcessReward
 from nabla_rl.rewards.likelihood import LikelihoodReward
@@ -51,11 +51,11 @@ class Samples:
 def write_card(family: Family, folder: Path, *, num_problems: int) -> str:
     """Measure the models in `folder` and write `card.json` and `README.md` beside them; returns the latter."""
     problems = list(islice(generate(family, "test", 0), num_problems))
-    policy = load_policy(PolicyOptions("tiny-policy"), family=family.name, device=CPU)
+    policy = load_policy(f"{family.name}/tiny-policy", device=CPU)
     judges: dict[str, AbstractProcessReward] = {}
     for name in ("tiny-reward", "tiny-gold"):
-        judges[name] = SequenceClassifierReward(*load_classifier(RewardOptions(name), family=family.name, device=CPU))
-    judges["tiny-strong"] = LikelihoodReward(load_policy(PolicyOptions("tiny-strong"), family=family.name, device=CPU))
+        judges[name] = SequenceClassifierReward(*load_classifier(f"{family.name}/{name}", RewardOptions(), device=CPU))
+    judges["tiny-strong"] = LikelihoodReward(load_policy(f"{family.name}/tiny-strong", device=CPU))
     samples = draw(family, problems, policy, judges)
     figures = {
         "family": family.name,
@@ -93,15 +93,16 @@ def write_card(family: Family, folder: Path, *, num_problems: int) -> str:
 @torch.no_grad()
 def draw(family: Family, problems: list[Problem], policy: Policy, judges: dict[str, AbstractProcessReward]) -> Samples:
     """Sample `NUM_GENERATIONS` completions of each problem at temperature 1 and have them judged."""
-    sampling = Sampling(max_new_tokens=family.max_new_tokens)
+    sampling = Sampling(temperature=1.0, max_new_tokens=family.max_new_tokens)
     correct, steps_right, logps, labels = [], [], [], []
     rewards: dict[str, list[Tensor]] = {name: [] for name in judges}
     values: dict[str, list[Tensor]] = {name: [] for name in judges}
     for start in track(range(0, len(problems), BATCH), description="sampling and judging"):
         batch = problems[start : start + BATCH]
         ledger = Ledger(len(batch))
-        prefix = prefill(batch, policy, ledger, sampling.max_new_tokens)
-        rollout = draw_rollouts(batch, policy, prefix, sampling, n=NUM_GENERATIONS, seed=0)
+        setting = Setting(policy, None, ledger, sampling=sampling)
+        prefix = prefill(batch, setting)
+        rollout = draw_rollouts(batch, setting, prefix, n=NUM_GENERATIONS)
         repeated = torch.arange(len(batch)).repeat_interleave(NUM_GENERATIONS)
         rows = [ids[mask].tolist() for ids, mask in zip(rollout.ids, rollout.mask, strict=True)]
         rights = [
@@ -132,8 +133,8 @@ def draw(family: Family, problems: list[Problem], policy: Policy, judges: dict[s
 
 def proposers(family: Family) -> dict[str, SequenceClassifierReward]:
     """tiny-reward, proposing by its own gradient, and by that of the copy that was taught."""
-    judge, tokenizer = load_classifier(RewardOptions("tiny-reward"), family=family.name, device=CPU)
-    taught, _ = load_classifier(RewardOptions("tiny-taught"), family=family.name, device=CPU)
+    judge, tokenizer = load_classifier(f"{family.name}/tiny-reward", RewardOptions(), device=CPU)
+    taught, _ = load_classifier(f"{family.name}/tiny-taught", RewardOptions(), device=CPU)
     return {
         "tiny-reward": SequenceClassifierReward(judge, tokenizer),
         "tiny-taught": SequenceClassifierReward(judge, tokenizer, proposer=taught),
@@ -202,12 +203,12 @@ def greedy_accuracy(family: Family, problems: list[Problem], name: str) -> dict[
     """Greedy accuracy of an embedded language model with its 95% Wilson interval; None where it is missing."""
     if not (Path(__file__).parents[1] / "assets" / family.name / name / "config.json").is_file():
         return None
-    policy = load_policy(PolicyOptions(name), family=family.name, device=CPU)
+    policy = load_policy(f"{family.name}/{name}", device=CPU)
     right = 0
     for start in range(0, len(problems), 128):
         batch = problems[start : start + 128]
-        decoder = Greedy(Sampling(max_new_tokens=family.max_new_tokens))
-        results = decoder.decode(batch, policy, None, Ledger(len(batch)))
+        sampling = Sampling(max_new_tokens=family.max_new_tokens)
+        results = Greedy().decode(batch, Setting(policy, None, Ledger(len(batch)), sampling=sampling))
         right += sum(family.grade(r.text, str(p.answer)) for r, p in zip(results, batch, strict=True))
     low, high = wilson_interval(right, len(problems))
     return {"accuracy": right / len(problems), "low": float(low), "high": float(high)}

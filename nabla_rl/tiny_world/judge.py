@@ -22,6 +22,7 @@ from nabla_rl.data.tiny import Family, generate
 from nabla_rl.functional.seeding import seeded_generator
 from nabla_rl.ledger import Ledger
 from nabla_rl.models.policy import Policy
+from nabla_rl.models.sampling import Sampling
 from nabla_rl.tiny_world.language import warmup_stable_decay
 
 
@@ -230,7 +231,7 @@ def sample_completions(
     accounts = torch.zeros(len(problems), dtype=torch.int64)
     prefix = policy.prefill([policy.encode_prompt(p.problem) for p in problems], accounts, Ledger(1))
     generators = [seeded_generator(*key, index) for index in range(len(problems))]
-    rollout = policy.rollout(prefix, generators=generators, max_new_tokens=max_new_tokens)
+    rollout = policy.rollout(prefix, Sampling(1.0, 1.0, max_new_tokens), generators)
     return [ids[mask].tolist() for ids, mask in zip(rollout.ids, rollout.mask, strict=True)]
 
 

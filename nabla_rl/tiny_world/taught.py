@@ -30,6 +30,7 @@ from nabla_rl.functional.seeding import seeded_generator
 from nabla_rl.ledger import Ledger
 from nabla_rl.models.backbone import Track
 from nabla_rl.models.policy import Policy
+from nabla_rl.models.sampling import Sampling
 from nabla_rl.rewards.sequence_classifier import SequenceClassifierReward
 from nabla_rl.tiny_world.language import warmup_stable_decay
 
@@ -107,10 +108,9 @@ class TaughtBatches(IterableDataset):
         prefix = policy.prefill([policy.encode_prompt(p.problem) for p in problems], accounts, ledger)
         rollout = policy.rollout(
             prefix,
-            generators=[seeded_generator(self.seed, "taught", step, index) for index in range(len(problems))],
-            max_new_tokens=self.max_new_tokens,
-            temperature=0.0 if step % 2 else 1.0,
-            keep_entropy=True,
+            Sampling(0.0 if step % 2 else 1.0, 1.0, self.max_new_tokens),
+            [seeded_generator(self.seed, "taught", step, index) for index in range(len(problems))],
+            keep_states=True,
             keep_top=self.alternatives,
         )
         assert rollout.entropy is not None and rollout.top_ids is not None and rollout.top_logps is not None

@@ -23,7 +23,7 @@ from nabla_rl.decoding import (
     Sampling,
     SelfConsistency,
 )
-from nabla_rl.decoding.budget import point_at
+from nabla_rl.budget import point_at
 from nabla_rl.dto import DTOConfig
 from nabla_rl.ledger import Ledger
 from nabla_rl.models.policy import Policy

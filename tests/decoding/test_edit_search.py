@@ -10,7 +10,7 @@ import torch
 
 from nabla_rl.data.problems import Problem
 from nabla_rl.decoding import AbstractDecoder, BestOfN, Sampling
-from nabla_rl.decoding.budget import Budget, point_at
+from nabla_rl.budget import Budget, point_at
 from nabla_rl.decoding.edit_search import EditSearch, shuffled
 from nabla_rl.functional.energy import compute_energy
 from nabla_rl.ledger import Ledger

@@ -13,7 +13,7 @@ from nabla_rl.data.problems import Problem
 from nabla_rl.decoding import Decoded, Nabla, Sampling
 from nabla_rl.decoding import nabla as module
 from nabla_rl.decoding.acceptance import Standing
-from nabla_rl.decoding.budget import Budget
+from nabla_rl.budget import Budget
 from nabla_rl.decoding.objective import Objective, choose_support, gradient_candidates
 from nabla_rl.dto import DTOConfig
 from nabla_rl.functional.energy import energy_gradient

@@ -9,7 +9,7 @@ import math
 import pytest
 from rich.console import Console
 
-from nabla_rl.decoding.budget import Budget
+from nabla_rl.budget import Budget
 from nabla_rl.metrics.paired import mcnemar_p, sign_flip_p
 from nabla_rl.report import frontier as module
 from nabla_rl.report.frontier import (

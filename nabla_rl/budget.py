@@ -18,17 +18,17 @@ class Budget:
     """
 
     rollouts: int | None = None
-    """Completions tried."""
+    """Maximum number of completions tried for each problem; null is no limit."""
     flops: float | None = None
-    """Floating-point operations of policy and reward, as the ledger counts them."""
+    """Maximum floating-point operations for each problem, as the ledger counts them; null is no limit."""
     seconds: float | None = None
-    """Wall-clock time, a batch's shared by its problems. Results then depend on the machine."""
+    """Maximum seconds for each problem; null is no limit. Results then depend on the machine."""
 
     def __post_init__(self) -> None:
-        """Check the values in the spelling of the command line."""
+        """Check the values."""
         for name, value in vars(self).items():
             if value is not None and not value > 0:
-                raise UserError(f"budget.{name}: expected a positive number, or null for no limit, found {value}.")
+                raise UserError(f"budget.{name}", "a positive number, or null for no limit", str(value))
 
     def allows(self, point: Point) -> bool:
         """Whether a problem that has come to `point` may begin another step."""
