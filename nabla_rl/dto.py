@@ -382,4 +382,4 @@ def _outcome(finite: bool, converged: bool, improved: bool) -> Outcome:
 
 def _require(condition: bool, name: str, expected: str, found: object) -> None:
     if not condition:
-        raise UserError(f"`{name}` must be {expected}, got {found}.")
+        raise UserError(f"{name}", f"{expected}", str(found))

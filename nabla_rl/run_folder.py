@@ -76,8 +76,7 @@ class RunFolder:
             there = flatten(yaml.safe_load(file.read_text(encoding="utf-8")))
         except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
             raise UserError(
-                f"--run_dir: expected the configuration of a run in {file}, found something else. Choose another "
-                "--run_dir."
+                "run_dir", f"the configuration of a run in {file}", "something else", "Choose another {run_dir}."
             ) from None
         here = flatten(self.config)
         differing = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
@@ -85,8 +84,10 @@ class RunFolder:
             name = differing[0]
             more = f" and {len(differing) - 1} more settings" if len(differing) > 1 else ""
             raise UserError(
-                f"--run_dir: expected {self.path} to hold this configuration, found {name} = {there.get(name)!r} "
-                f"there and {here.get(name)!r} now{more}. Choose another --run_dir, or delete that folder."
+                "run_dir",
+                f"{self.path} to hold this configuration",
+                f"{name} = {there.get(name)!r} there and {here.get(name)!r} now{more}",
+                "Choose another {run_dir}, or delete that folder.",
             )
 
     def _read(self) -> dict[Key, dict]:
@@ -103,13 +104,17 @@ class RunFolder:
                     key, config = (row["id"], row["decoder"]), row["config"]
                 except (ValueError, KeyError, TypeError):
                     raise UserError(
-                        f"--run_dir: expected a result in {file}, line {number}, found {line[:40]!r}. Delete that "
-                        "line, or choose another --run_dir."
+                        "run_dir",
+                        f"a result in {file}, line {number}",
+                        repr(line[:40]),
+                        "Delete that line, or choose another {run_dir}.",
                     ) from None
                 if config != self.config_hash:
                     raise UserError(
-                        f"--run_dir: expected results of this configuration in {file}, found those of another on line "
-                        f"{number}. Choose another --run_dir, or delete that folder."
+                        "run_dir",
+                        f"results of this configuration in {file}",
+                        f"those of another on line {number}",
+                        "Choose another {run_dir}, or delete that folder.",
                     )
                 rows.setdefault(key, row)
         return rows
@@ -154,8 +159,10 @@ def as_user_error(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"--run_dir: expected a folder that can be written, found none at {path} ({error.strerror or error}). "
-            "Choose another --run_dir, or make room; the same command goes on from what is there."
+            "run_dir",
+            "a folder that can be written",
+            f"none at {path} ({error.strerror or error})",
+            "Choose another {run_dir}, or make room; the same command goes on from what is there.",
         ) from error
 
 

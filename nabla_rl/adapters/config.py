@@ -51,13 +51,13 @@ class AdapterConfig:
         option = f"--model.{self.section}"
         for name in ("gradient_accumulation_steps", "max_steps", "logging_steps", "save_steps", *at_least_one):
             if getattr(self, name) < 1:
-                raise UserError(f"{option}.{name}: expected at least 1, found {getattr(self, name)}.")
+                raise UserError(f"{option}.{name}", "at least 1", str(getattr(self, name)))
         for name in ("learning_rate", *positive):
             if not getattr(self, name) > 0:
-                raise UserError(f"{option}.{name}: expected a positive number, found {getattr(self, name)}.")
+                raise UserError(f"{option}.{name}", "a positive number", str(getattr(self, name)))
         for name in ("warmup_steps", "weight_decay", "max_grad_norm", *not_negative):
             if not getattr(self, name) >= 0:
-                raise UserError(f"{option}.{name}: expected at least 0, found {getattr(self, name)}.")
+                raise UserError(f"{option}.{name}", "at least 0", str(getattr(self, name)))
 
     def as_trl(self, config: type, **more: Any) -> Any:
         """The same settings as a config of TRL's; `more` are further fields of it."""

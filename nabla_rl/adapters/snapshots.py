@@ -23,7 +23,7 @@ class AdapterSnapshots(L.Callback):
 
     def __init__(self, steps: Sequence[int]):
         if not steps or min(steps) < 1:
-            raise UserError(f"`steps` must be whole numbers of at least 1, got {list(steps)}.")
+            raise UserError("steps", "whole numbers of at least 1", str(list(steps)))
         self.steps = frozenset(steps)
 
     def on_train_batch_end(

@@ -131,9 +131,10 @@ class AdapterTraining(L.LightningModule):
             return
         step, option = self.trainer.global_step + 1, f"--model.{self.settings.section}"
         raise UserError(
-            f"{option}.learning_rate: expected a finite {what}, found NaN or infinity at step {step}. Lower it (now "
-            f"{self.settings.learning_rate}) or {option}.max_grad_norm; the last checkpoint is kept, and no weight "
-            "has been touched since."
+            f"{option}.learning_rate",
+            f"a finite {what}",
+            f"NaN or infinity at step {step}",
+            f"Lower it (now {self.settings.learning_rate}) or {option}.max_grad_norm; the last checkpoint is kept, and no weight has been touched since.",
         )
 
     def merge_metrics(self) -> dict[str, float]:

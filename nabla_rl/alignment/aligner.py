@@ -282,8 +282,10 @@ class PolicyAligner(AdapterTraining):
         rl, policy = self.rl, self.policy
         if rl.top_k:
             raise UserError(
-                f"--model.rl.top_k: expected 0 with the lightning engine, found {rl.top_k}: a truncated sample is not "
-                "the policy's. Use 0, or --engine trl."
+                "rl.top_k",
+                "0 with the lightning engine",
+                f"{rl.top_k}: a truncated sample is not the policy's",
+                "Use 0, or {engine} trl.",
             )
         prompts = [policy.encode_prompt(problem.problem) for problem in problems]
         drawn = self.rollout(problems, prompts, number)

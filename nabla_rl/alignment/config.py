@@ -67,31 +67,35 @@ class RLConfig(AdapterConfig):
         """Check the values in the spelling of the command line."""
         if not self.beta >= 0 or math.isinf(self.beta):
             raise UserError(
-                f"--model.rl.beta: expected a number of at least 0, found {self.beta}. Use 0 to leave the reference "
-                "out, with no bound on how far the policy goes."
+                "rl.beta",
+                "a number of at least 0",
+                str(self.beta),
+                "Use 0 to leave the reference out, with no bound on how far the policy goes.",
             )
         if self.num_generations < 2:
             raise UserError(
-                f"--model.rl.num_generations: expected at least 2, found {self.num_generations}. A completion is "
-                "compared with the others of its group."
+                "rl.num_generations",
+                "at least 2",
+                str(self.num_generations),
+                "A completion is compared with the others of its group.",
             )
         size = self.per_device_train_batch_size
         if size < 1 or size % self.num_generations:
             raise UserError(
-                f"--model.rl.per_device_train_batch_size: expected whole groups of {self.num_generations} "
-                f"completions, found {size}. Take a multiple of --model.rl.num_generations."
+                "rl.per_device_train_batch_size",
+                f"whole groups of {self.num_generations} completions",
+                str(size),
+                "Take a multiple of {rl.num_generations}.",
             )
         if self.eval_steps is not None and self.eval_steps < 1:
-            raise UserError(
-                f"--model.rl.eval_steps: expected at least 1 or null, found {self.eval_steps}. Use null for none."
-            )
+            raise UserError("rl.eval_steps", "at least 1 or null", str(self.eval_steps), "Use null for none.")
         self.check(
             at_least_one=("num_iterations", "max_completion_length"),
             positive=("temperature",),
             not_negative=("epsilon", "top_k"),
         )
         if not 0 < self.top_p <= 1:
-            raise UserError(f"--model.rl.top_p: expected a number in (0, 1], found {self.top_p}. Use 1 for the law.")
+            raise UserError("rl.top_p", "a number in (0, 1]", str(self.top_p), "Use 1 for the law.")
 
     @property
     def prompts_per_batch(self) -> int:
@@ -130,43 +134,52 @@ def check_options(
     completions are decoded by ∇-Reasoner.
     """
     if not reward_funcs:
-        raise UserError("--model.reward_funcs: expected at least one, found none. Use [judge].")
+        raise UserError("reward_funcs", "at least one", "none", "Use [judge].")
     if rl.reward_weights is not None and len(rl.reward_weights) != len(reward_funcs):
         raise UserError(
-            f"--model.rl.reward_weights: expected one for each of {len(reward_funcs)} reward functions, found "
-            f"{len(rl.reward_weights)}."
+            "rl.reward_weights", f"one for each of {len(reward_funcs)} reward functions", str(len(rl.reward_weights))
         )
     if "judge" in reward_funcs and judge is None:
         raise UserError(
-            "--model.reward.name: expected a reward model for judge, found none. Name one, or leave judge out of "
-            "--model.reward_funcs."
+            "reward.name", "a reward model for judge", "none", "Name one, or leave judge out of {reward_funcs}."
         )
     if adapter is not None:
         raise UserError(
-            f"--model.policy.adapter: expected none, found {adapter!r}. A new adapter is trained; merge "
-            "the old one into the weights first."
+            "policy.adapter",
+            "none",
+            repr(adapter),
+            "A new adapter is trained; merge the old one into the weights first.",
         )
     if stop_at_kl is not None and not stop_at_kl > 0:
-        raise UserError(f"--model.stop_at_kl: expected a positive number or null, found {stop_at_kl}.")
+        raise UserError("stop_at_kl", "a positive number or null", str(stop_at_kl))
     if eval_generations < 1:
-        raise UserError(f"--model.eval_generations: expected at least 1, found {eval_generations}.")
+        raise UserError("eval_generations", "at least 1", str(eval_generations))
     chosen = chosen_estimator(algorithm, kl_estimator)
     if (algorithm, chosen) == ("grpo", "k1") and not rl.use_bias_correction_kl:
         raise UserError(
-            "--model.kl_estimator: expected k3 or exact in GRPO's loss, found k1, whose gradient is zero in "
-            "expectation. Or pass --model.rl.use_bias_correction_kl true."
+            "kl_estimator",
+            "k3 or exact in GRPO's loss",
+            "k1, whose gradient is zero in expectation",
+            "Or pass {rl.use_bias_correction_kl} true.",
         )
     if not searched:
         return
     if (algorithm, chosen) != ("rloo", "k1") or rl.num_iterations > 1 or not rl.beta:
         raise UserError(
-            "--model.rollouts: expected sample, found nabla or mixed. Completions of another law than the policy's "
-            "keep the fixed point with --model.algorithm rloo, --model.kl_estimator k1, beta > 0 and num_iterations 1."
+            "rollouts",
+            "sample",
+            "nabla or mixed",
+            "Completions that a search draws keep the fixed point with {algorithm} rloo, {kl_estimator} k1, "
+            "{rl.beta} > 0 and {rl.num_iterations} 1.",
         )
     if stop_at_kl is not None:
         raise UserError(
-            f"--model.stop_at_kl: expected null with ∇-Reasoner's rollouts, found {stop_at_kl}. Only the policy's own "
-            "samples measure its KL: use --model.rl.eval_steps to see it."
+            "stop_at_kl",
+            "null with ∇-Reasoner's rollouts",
+            str(stop_at_kl),
+            "Only the policy's own samples measure its KL: use {rl.eval_steps} to see it.",
         )
     if "judge" not in reward_funcs:
-        raise UserError("--model.reward_funcs: expected judge among them for ∇-Reasoner's rollouts, which climb it.")
+        raise UserError(
+            "reward_funcs", "judge among them for completions of a search, which climbs it", str(reward_funcs)
+        )

@@ -46,7 +46,7 @@ class AlignmentData(L.LightningDataModule):
     ):
         super().__init__()
         if eval_limit < 1:
-            raise UserError(f"--data.eval_limit: expected at least 1, found {eval_limit}.")
+            raise UserError("data.eval_limit", "at least 1", str(eval_limit))
         self.seed, self.own = seed, None
         held = ProblemData(family, eval_split, eval_limit, problem_seed, eval_path, answers, skip_bad)
         self.family, self.grade, self.held_out, self.notices = held.family, held.grade, held.problems, held.notices
@@ -61,8 +61,10 @@ class AlignmentData(L.LightningDataModule):
             self.own = [problem for problem in self.own if problem.id not in kept]
             if not self.held_out:
                 raise UserError(
-                    f"{path}: expected at least 5 problems to hold some out, found {len(self.own)}. Pass "
-                    "--data.eval_path, or more problems."
+                    f"{path}",
+                    "at least 5 problems to hold some out",
+                    str(len(self.own)),
+                    "Pass {data.eval_path}, or more problems.",
                 )
 
     def training(self, draw: int, count: int) -> list[Problem]:

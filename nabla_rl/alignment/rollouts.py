@@ -97,8 +97,10 @@ def check_search(options: NablaOptions, rl: RLConfig) -> None:
     """Refuse a search that would find the same completion for a whole group."""
     if options.loop == "edits" and options.edits.temperature == 0:
         raise UserError(
-            "--model.nabla.edits.temperature: expected a positive number for rollouts to train on, found 0: all "
-            "completions of a group would be the same one. Use 1."
+            "nabla.edits.temperature",
+            "a positive number for rollouts to train on",
+            "0: all completions of a group would be the same one",
+            "Use 1.",
         )
     build_search(options, rl, 0)
 

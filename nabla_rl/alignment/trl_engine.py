@@ -111,8 +111,10 @@ def build_trl_trainer(module: PolicyAligner, folder: Path, **more: Any) -> Any:
     own = {"rloo": "k1", "grpo": "k3"}[module.algorithm]
     if module.kl_estimator != own:
         raise UserError(
-            f"--model.kl_estimator: expected auto or {own} with --engine trl, found {module.kl_estimator}. TRL's "
-            f"{module.algorithm.upper()} has no other."
+            "kl_estimator",
+            f"auto or {own} with {{engine}} trl",
+            str(module.kl_estimator),
+            f"TRL's {module.algorithm.upper()} has no other.",
         )
     report_to = "wandb" if module.rl.report_to == "wandb" else "none"
     on_cpu = module.policy.device.type == "cpu"
@@ -162,8 +164,10 @@ def fit_with_trl(module: PolicyAligner, folder: Path) -> None:
 def not_finite(module: PolicyAligner, what: str, step: int) -> UserError:
     """What to say when numbers are no numbers."""
     return UserError(
-        f"--model.rl.learning_rate: expected finite {what}, found NaN or infinity after step {step}. Lower it (now "
-        f"{module.rl.learning_rate}); the last checkpoint is kept, and no weight has been touched since."
+        "rl.learning_rate",
+        f"finite {what}",
+        f"NaN or infinity after step {step}",
+        f"Lower it (now {module.rl.learning_rate}); the last checkpoint is kept, and no weight has been touched since.",
     )
 
 

@@ -621,8 +621,8 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def tell(*notices: str | None) -> None:
+def tell(notices: Iterable[str | None], level: str = "warning") -> None:
     """Print notices to the error stream, one line each."""
     for notice in notices:
         if notice:
-            print(f"note: {notice}", file=sys.stderr)  # noqa: T201
+            print(f"{level}: {notice}", file=sys.stderr)  # noqa: T201

@@ -52,12 +52,13 @@ def run(cli: VerbCLI) -> int:
     """The run that the options describe."""
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
     folder = RunFolder(cli.folder(), cli.results_config(), rank=trainer.global_rank, world_size=trainer.world_size)
-    if trainer.is_global_zero:
-        tell(cli.note, *data.notices)
     check_same_problems(folder, data.problems)
     # before Lightning starts other processes: what is wrong with the models is then said once
     module.prepare(trainer.strategy.root_device, data)
     module.run_folder = folder
+    if trainer.is_global_zero:
+        tell([cli.note], "note")
+        tell(data.notices)
     trainer.callbacks.append(DecodingProgress(data, [(None, module)]))  # pyright: ignore
     predict(trainer, module, data, partial(finish, module, data, folder))
     return 0

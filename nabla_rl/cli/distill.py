@@ -61,7 +61,7 @@ class Teacher(Decoding):
         except UserError as error:
             raise UserError(in_teacher(str(error))) from error
         if len(self.decoder_names) != 1:
-            raise UserError(f"--teacher.decoders: expected one decoder to learn from, found {self.decoder_names}.")
+            raise UserError("teacher.decoders", "one decoder to learn from", str(self.decoder_names))
 
     def with_decoders(self, names: Sequence[str]) -> Decoding:
         """The same decoding, with these decoders."""
@@ -180,9 +180,10 @@ class Distillation:
             except UserError as error:
                 found = str(error).partition("found ")[2].partition(". Take")[0]
                 raise UserError(
-                    f"--model.policy.name: expected a student with the teacher's vocabulary for --model.method soft, "
-                    f"found {found}. Take a student of the same family, or a way to learn from text: sft, preference "
-                    "or weighted."
+                    "policy.name",
+                    "a student with the teacher's vocabulary for {method} soft",
+                    str(found),
+                    "Take a student of the same family, or a way to learn from text: sft, preference or weighted.",
                 ) from error
 
     def _prepare(self, module: Decoding, problems: Sequence[Problem]) -> None:

@@ -169,7 +169,7 @@ def _module(options: TrainTinyOptions, device: torch.device) -> TinyPretraining 
 def _taught(options: TrainTinyOptions, taught: TaughtOptions, device: torch.device) -> TinyTaught:
     family = options.family
     if taught.lora is not None and "/" not in options.name:
-        raise UserError(f"--model.name: expected a folder to save the adapter to, found '{options.name}'. Write ./it.")
+        raise UserError("name", "a folder to save the adapter to", f"'{options.name}'", "Write ./it.")
     problems = [] if taught.problems is None else _problems(taught.problems)
     policy = load_policy(PolicyOptions(taught.policy), family=family, device=device, argument="model.taught.policy")
     asked, argument = RewardOptions(taught.judge), "model.taught.judge"
@@ -215,8 +215,10 @@ def _language_model(options: TrainTinyOptions) -> TinyPretraining:
 
 def _not_a_llama(option: str, model: PreTrainedModel) -> UserError:
     return UserError(
-        f"--{option}: expected a Llama model, whose layers can be added to, found a {type(model).__name__}. Use a "
-        "Llama model, or teach a judge that is there already (docs/taught_judge.md)."
+        f"{option}",
+        "a Llama model, whose layers can be added to",
+        f"a {type(model).__name__}",
+        "Use a Llama model, or teach a judge that is there already (docs/taught_judge.md).",
     )
 
 
@@ -281,10 +283,10 @@ def main(arguments: list[str]) -> int:
     card = _value_of(arguments, "--card")
     if card is not None:
         if card not in FAMILIES:
-            raise UserError(f"--card: expected one of {', '.join(FAMILIES)}, found {card!r}.")
+            raise UserError("card", f"one of {', '.join(FAMILIES)}", repr(card))
         problems = _value_of(arguments, "--card_problems") or "400"
         if not problems.isdigit() or not int(problems):
-            raise UserError(f"--card_problems: expected a whole number of at least 1, found {problems!r}.")
+            raise UserError("card_problems", "a whole number of at least 1", repr(problems))
         print(write_card(FAMILIES[card], ASSETS / card, num_problems=int(problems)))  # noqa: T201
         return 0
     config = parser.parse_args(arguments)

@@ -82,12 +82,14 @@ class AdapterCLI(LightningCLI):
         """Refuse what a type cannot: values that are no numbers, and precisions beside the models' own types."""
         for name, value in flatten(self.config.as_dict()).items():
             if isinstance(value, float) and math.isnan(value):
-                raise UserError(f"--{name}: expected a number, found {value}.")
+                raise UserError(f"{name}", "a number", str(value))
         check_logger(self.config.model[self.section].report_to, self.section)
         if self.config.trainer.precision not in self.precisions:
             raise UserError(
-                f"--trainer.precision: expected none, found {self.config.trainer.precision}. Weights have their own "
-                "types: use --model.policy.dtype and --model.reward.dtype."
+                "trainer.precision",
+                "none",
+                str(self.config.trainer.precision),
+                "Weights have their own types: use {policy.dtype} and {reward.dtype}.",
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -95,7 +97,7 @@ class AdapterCLI(LightningCLI):
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError) as error:
-            raise UserError(f"--trainer: expected options that work here, found: {error} See --help.") from error
+            raise UserError("trainer", "options that work here", f"{error} See --help") from error
 
 
 def norm_or_none(norm: float) -> float | None:
@@ -139,8 +141,7 @@ def check_logger(report_to: str, section: str) -> None:
     """Refuse W&B where it is not installed, before anything is loaded or trained."""
     if report_to == "wandb" and find_spec("wandb") is None:
         raise UserError(
-            f"--model.{section}.report_to: expected an installed logger, found no wandb. Run `pip install "
-            "wandb`, or use tensorboard."
+            f"{section}.report_to", "an installed logger", "no wandb", "Run `pip install wandb`, or use tensorboard."
         )
 
 
@@ -195,8 +196,10 @@ def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:
             name = differing[0]
             more = f" and {len(differing) - 1} more settings" if len(differing) > 1 else ""
             raise UserError(
-                f"--run_dir: expected {folder} to hold this configuration, found {name} = {there.get(name)!r} there "
-                f"and {here.get(name)!r} now{more}. Choose another --run_dir, or delete that folder."
+                "run_dir",
+                f"{folder} to hold this configuration",
+                f"{name} = {there.get(name)!r} there and {here.get(name)!r} now{more}",
+                "Choose another {run_dir}, or delete that folder.",
             )
         return
     try:
@@ -204,6 +207,8 @@ def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:
         file.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
     except OSError as error:
         raise UserError(
-            f"--run_dir: expected a folder that can be written, found none at {folder} ({error.strerror or error}). "
-            "Choose another --run_dir."
+            "run_dir",
+            "a folder that can be written",
+            f"none at {folder} ({error.strerror or error})",
+            "Choose another {run_dir}.",
         ) from error

@@ -57,7 +57,7 @@ class ProblemData(L.LightningDataModule):
         super().__init__()
         for name, value in (("limit", limit), ("batch_size", batch_size)):
             if value is not None and value < 1:
-                raise UserError(f"--data.{name}: expected at least 1, found {value}.")
+                raise UserError(f"data.{name}", "at least 1", str(value))
         self.family = FAMILIES[family]
         self.split, self.limit, self.problem_seed, self.path = split, limit, problem_seed, path
         self.skip_bad, self.batch_size = skip_bad, batch_size

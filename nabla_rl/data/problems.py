@@ -106,20 +106,16 @@ def read_jsonl(path: str | Path, *, skip_bad: bool = False) -> tuple[list[Proble
     path = Path(path)
     if not path.is_file():
         found = "a folder" if path.is_dir() else "nothing"
-        raise UserError(f"--data.path: expected a JSONL file, found {found} at '{path}'. Check the path.")
+        raise UserError("data.path", "a JSONL file", f"{found} at '{path}'", "Check the path.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"{path}, line {line}: expected text in UTF-8, found a byte that is none. Convert the file."
-        ) from error
+        raise UserError(f"{path}, line {line}", "text in UTF-8", "a byte that is none", "Convert the file.") from error
     except OSError as error:
-        raise UserError(
-            f"--data.path: expected a JSONL file at '{path}', found: {error.strerror}. Check the path."
-        ) from error
+        raise UserError("data.path", f"a JSONL file at '{path}'", str(error.strerror), "Check the path.") from error
     problems: list[Problem] = []
-    complaints: list[str] = []
+    bad: list[tuple[int, tuple[str, str]]] = []
     seen: dict[str, int] = {}
     # not splitlines(): texts may hold U+2028 and its like as they are
     for number, line in enumerate(text.split("\n"), start=1):
@@ -127,39 +123,46 @@ def read_jsonl(path: str | Path, *, skip_bad: bool = False) -> tuple[list[Proble
             continue
         complaint = _read_line(line, number, seen, problems)
         if complaint is not None:
-            complaints.append(f"{path}, line {number}: {complaint}")
-    if complaints and not skip_bad:
-        more = f" ({len(complaints)} bad lines in all)" if len(complaints) > 1 else ""
-        raise UserError(f"{complaints[0]}{more} Mend the line, or pass --data.skip_bad true to decode the others.")
+            bad.append((number, complaint))
+    if bad and not skip_bad:
+        number, (expected, found) = bad[0]
+        more = f" ({len(bad)} bad lines in all)" if len(bad) > 1 else ""
+        raise UserError(
+            f"{path}, line {number}",
+            expected,
+            found + more,
+            "Mend the line, or pass {data.skip_bad} true to decode the others.",
+        )
+    complaints = [f"{path}, line {number}: expected {expected}, found {found}." for number, (expected, found) in bad]
     if not problems:
-        raise UserError(f"{path}: expected at least one problem, found none. Each line is one JSON object.")
+        raise UserError(f"{path}", "at least one problem", "none", "Each line is one JSON object.")
     return problems, complaints
 
 
-def _read_line(line: str, number: int, seen: dict[str, int], problems: list[Problem]) -> str | None:
-    """Append the line's problem to `problems`; return a complaint instead where the line is bad."""
+def _read_line(line: str, number: int, seen: dict[str, int], problems: list[Problem]) -> tuple[str, str] | None:
+    """Append the line's problem to `problems`; return what was expected and found where the line is bad."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        return f"expected JSON, found {line.strip()[:40]!r} ({error.msg} at column {error.colno})."
+        return "JSON", f"{line.strip()[:40]!r} ({error.msg} at column {error.colno})"
     except (ValueError, RecursionError):  # a number of thousands of digits, brackets thousands deep
-        return f"expected JSON of a usual size, found {line.strip()[:40]!r}."
+        return "JSON of a usual size", repr(line.strip()[:40])
     if not isinstance(record, dict):
-        return f"expected an object with the field `problem`, found {line.strip()[:40]!r}."
+        return "an object with the field `problem`", repr(line.strip()[:40])
     if "problem" not in record:
-        return f"expected the field `problem`, found {', '.join(f'`{name}`' for name in record) or 'no field'}."
+        return "the field `problem`", ", ".join(f"`{name}`" for name in record) or "no field"
     text, answer, solution = record["problem"], record.get("answer"), record.get("solution")
     if not isinstance(text, str) or not text.strip():
-        return f"expected `problem` to be a non-empty string, found {text!r}."
+        return "`problem` to be a non-empty string", repr(text)
     if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        return "expected `problem` to be text, found half of a surrogate pair in it."
+        return "`problem` to be text", "half of a surrogate pair in it"
     for name in ("id", "answer", "solution"):
         value = record.get(name)
         if isinstance(value, (dict, list, bool)):
-            return f"expected `{name}` to be a string or a number, found {json.dumps(value)[:40]}."
+            return f"`{name}` to be a string or a number", json.dumps(value)[:40]
     key = str(number if record.get("id") is None else record["id"])
     if key in seen:
-        return f"expected a new id, found {key!r} again (first on line {seen[key]})."
+        return "a new id", f"{key!r} again (first on line {seen[key]})"
     seen[key] = number
     as_text = (None if value is None else str(value) for value in (answer, solution))
     problems.append(Problem(key, text, *as_text))
@@ -171,5 +174,5 @@ def check_unique(problems: Sequence[Problem]) -> None:
     seen: set[str] = set()
     for problem in problems:
         if problem.id in seen:
-            raise UserError(f"problems: expected unique ids, found {problem.id!r} twice. Rename one.")
+            raise UserError("problems", "unique ids", f"{problem.id!r} twice", "Rename one.")
         seen.add(problem.id)

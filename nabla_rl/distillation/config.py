@@ -30,8 +30,7 @@ class DistillConfig(AdapterConfig):
         """Check the values in the spelling of the command line."""
         if not self.loss_type or (self.loss_weights and len(self.loss_weights) != len(self.loss_type)):
             raise UserError(
-                f"--model.training.loss_weights: expected one for each of {len(self.loss_type)} losses, found "
-                f"{self.loss_weights}."
+                "training.loss_weights", f"one for each of {len(self.loss_type)} losses", str(self.loss_weights)
             )
         self.check(at_least_one=("per_device_train_batch_size", "eval_steps"), positive=("beta",))
 
@@ -43,8 +42,10 @@ class DistillConfig(AdapterConfig):
         configs = {"sft": SFTConfig, "preference": DPOConfig}
         if method not in configs:
             raise UserError(
-                f"--model.method: expected sft or preference with --engine trl, found {method}. TRL's trainers "
-                "take no weights and no stored targets; use the lightning engine."
+                "method",
+                "sft or preference with {engine} trl",
+                str(method),
+                "TRL's trainers take no weights and no stored targets; use the lightning engine.",
             )
         if method == "sft":
             more["loss_type"] = "nll"

@@ -56,7 +56,7 @@ class DistillationData(AlignmentData):
     ):
         for name, value, low in (("limit", limit, 1), ("validation_limit", validation_limit, 0)):
             if value < low:
-                raise UserError(f"--data.{name}: expected at least {low}, found {value}.")
+                raise UserError(f"data.{name}", f"at least {low}", str(value))
         super().__init__(family, path, eval_path, eval_split, eval_limit, problem_seed, answers, skip_bad, seed)
         self.limit, self.results, self.filters = limit, results, filters
         self.arguments = (family, "test", 1, problem_seed, None, answers)

@@ -61,15 +61,17 @@ class PolicyDistiller(AdapterTraining):
         super().__init__(training)
         if policy.adapter is not None:
             raise UserError(
-                f"--model.policy.adapter: expected none, found {policy.adapter!r}. A new adapter is trained; merge "
-                "the old one into the weights first."
+                "policy.adapter",
+                "none",
+                repr(policy.adapter),
+                "A new adapter is trained; merge the old one into the weights first.",
             )
         for name, value, low in (
             ("alternatives", alternatives, 2),
             ("max_completion_length", max_completion_length, 1),
         ):
             if value < low:
-                raise UserError(f"--model.{name}: expected at least {low}, found {value}.")
+                raise UserError(f"{name}", f"at least {low}", str(value))
         self.options, self.alternatives = policy, alternatives
         self.method: Method = method
         self.direction: Direction = kl
@@ -107,8 +109,10 @@ class PolicyDistiller(AdapterTraining):
             longest = max(len(ids) for ids in self.completions(row)) + len(self.policy.encode_prompt(row["prompt"]))
             if longest > limit:
                 raise UserError(
-                    f"problem {row['id']!r}: expected prompt and completion to fit the student's context of {limit} "
-                    f"tokens, found {longest}. Leave it out, or take another student."
+                    f"problem {row['id']!r}",
+                    f"prompt and completion to fit the student's context of {limit} tokens",
+                    str(longest),
+                    "Leave it out, or take another student.",
                 )
 
     # Lightning's hooks

@@ -54,9 +54,9 @@ class Filters:
     def __post_init__(self) -> None:
         """Check the values in the spelling of the command line."""
         if math.isnan(self.min_reward):
-            raise UserError(f"--data.filters.min_reward: expected a number, found {self.min_reward}.")
+            raise UserError("data.filters.min_reward", "a number", str(self.min_reward))
         if not 0 <= self.min_agreement <= 1:
-            raise UserError(f"--data.filters.min_agreement: expected a number in [0, 1], found {self.min_agreement}.")
+            raise UserError("data.filters.min_agreement", "a number in [0, 1]", str(self.min_agreement))
 
     def refuse(self, result: Mapping[str, Any], extract: Extract) -> str | None:
         """The first filter that an answer does not pass; None where it passes all."""
@@ -93,9 +93,7 @@ def read_results(paths: Sequence[str | Path], decoder: str | None = None) -> lis
     for given in paths:
         path = Path(given) / "results.jsonl" if Path(given).is_dir() else Path(given)
         if not path.is_file():
-            raise UserError(
-                f"--data.results: expected results.jsonl of a decode run, found nothing at '{path}'. Check the path."
-            )
+            raise UserError("data.results", "results.jsonl of a decode run", f"nothing at '{path}'", "Check the path.")
         text = path.read_text(encoding="utf-8", errors="replace")
         # after the last line break stands nothing, or a line that was not written to its end
         for number, line in enumerate(text.split("\n")[:-1], start=1):
@@ -105,8 +103,10 @@ def read_results(paths: Sequence[str | Path], decoder: str | None = None) -> lis
     if not rows:
         what = f"answers of {decoder}" if found else "at least one result"
         raise UserError(
-            f"--data.results: expected {what}, found {', '.join(found) or 'none'} in {', '.join(map(str, paths))}. "
-            "Decode first, or set --teacher.decoders."
+            "data.results",
+            f"{what}",
+            f"{', '.join(found) or 'none'} in {', '.join(map(str, paths))}",
+            "Decode first, or set {teacher.decoders}.",
         )
     return rows
 
@@ -115,14 +115,12 @@ def _read_line(line: str, where: str) -> Row:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
-        raise UserError(f"{where}: expected a result as JSON, found {line[:40]!r}. Mend or delete the line.") from None
+        raise UserError(f"{where}", "a result as JSON", repr(line[:40]), "Mend or delete the line.") from None
     if not isinstance(row, dict):
-        raise UserError(f"{where}: expected a result, found {line[:40]!r}. Mend or delete the line.")
+        raise UserError(f"{where}", "a result", repr(line[:40]), "Mend or delete the line.")
     missing = [name for name in FIELDS if name not in row]
     if missing:
-        raise UserError(
-            f"{where}: expected a result of a decode run, found no field `{missing[0]}`. Take a results.jsonl."
-        )
+        raise UserError(f"{where}", "a result of a decode run", f"no field `{missing[0]}`", "Take a results.jsonl.")
     return row
 
 
@@ -270,8 +268,10 @@ def check_not_empty(rows: Sequence[Row], counts: Mapping[str, int]) -> None:
     worst = max(taken, key=lambda name: taken[name])
     rest = ", ".join(f"{name} {count}" for name, count in taken.items() if count)
     raise UserError(
-        f"data: expected answers to learn from, found none of {counts['read']} left: the filter `{worst}` took "
-        f"{taken[worst]} ({rest}). {ADVICE[worst]}"
+        "data",
+        "answers to learn from",
+        f"none of {counts['read']} left: the filter `{worst}` took {taken[worst]} ({rest})",
+        f"{ADVICE[worst]}.",
     )
 
 

@@ -196,4 +196,4 @@ def _golden_section(function: Callable[[float], float], low: float, high: float,
 
 def _check_beta(beta: float) -> None:
     if not beta > 0:
-        raise UserError(f"`beta` must be positive (inf leaves the reward out), got {beta}.")
+        raise UserError("beta", "positive (inf leaves the reward out)", str(beta))

@@ -36,7 +36,7 @@ def target_law(direction: Float[Tensor, " dim"], beta: float) -> GaussianLaw:
 def stationary_variance(step_size: float) -> float:
     """Variance of the unadjusted chain, 1 / (1 - h/2); it has none for h ≥ 2."""
     if not 0 < step_size < 2:
-        raise UserError(f"`step_size` must be in (0, 2), got {step_size}: beyond, the chain has no law.")
+        raise UserError("step_size", "in (0, 2)", str(step_size), "Beyond, the chain has no law.")
     return 1 / (1 - step_size / 2)
 
 

@@ -78,7 +78,7 @@ def alternate(first: Kernel, second: Kernel) -> Kernel:
 def _every(landscape: Landscape) -> Tensor:
     size = landscape.space.size
     if size > MAX_DENSE:
-        raise UserError(f"`landscape` must have at most {MAX_DENSE:,} sequences for a matrix, got {size:,}.")
+        raise UserError("landscape", f"at most {MAX_DENSE:,} sequences for a matrix", f"{size:,}")
     return torch.arange(size)
 
 

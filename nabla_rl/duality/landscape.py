@@ -49,12 +49,12 @@ class Landscape:
         for name in ("logps", "rewards"):
             found = getattr(self, name)
             if tuple(found.shape) != (size,) or found.dtype != torch.float64:
-                raise UserError(f"`{name}` must be float64 of shape ({size},), got {found.dtype} {list(found.shape)}.")
+                raise UserError(f"{name}", f"float64 of shape ({size},)", f"{found.dtype} {list(found.shape)}")
         if not bool(self.rewards.isfinite().all()):
-            raise UserError("`rewards` must be finite, got NaN or infinity.")
+            raise UserError("rewards", "finite", "NaN or infinity")
         total = float(self.logps.logsumexp(0))
         if not abs(total) < 1e-6:
-            raise UserError(f"`logps` must be normalised, got a total of exp({total:.3g}). Subtract its logsumexp.")
+            raise UserError("logps", "normalised", f"a total of exp({total:.3g})", "Subtract its logsumexp.")
 
     @cached_property
     def conditionals(self) -> list[Float[Tensor, "prefixes vocab"]]:

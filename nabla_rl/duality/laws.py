@@ -35,7 +35,7 @@ def best_of_n_law(logps: Law, scores: Float[Tensor, " size"], n: int) -> Law:
         Log-probabilities, :math:`-\infty` where they underflow.
     """
     if n < 1:
-        raise UserError(f"`n` must be at least 1, got {n}.")
+        raise UserError("n", "at least 1", str(n))
     levels, group = scores.unique(sorted=True, return_inverse=True)
     probs = logps.exp()
     mass = torch.zeros(len(levels), dtype=torch.float64).scatter_add_(0, group, probs)

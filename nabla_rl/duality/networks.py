@@ -47,7 +47,7 @@ def completion_landscape(
     support = torch.tensor(list(alphabet), device=policy.device)
     head_ids = list(policy.tokenizer(head, add_special_tokens=False).input_ids) if head else []
     if len(set(alphabet)) != len(alphabet) or bool(torch.isin(support, policy.get_buffer("eos_ids")).any()):
-        raise UserError(f"`alphabet` must be different tokens other than the end, got {list(alphabet)}.")
+        raise UserError("alphabet", "different tokens other than the end", str(list(alphabet)))
     ledger, one = Ledger(1), torch.zeros(1, dtype=torch.int64)
     prefix = _extend(policy, policy.prefill([policy.encode_prompt(problem.problem)], one, ledger), head_ids)
     judged = _extend(reward, reward.prefill([problem.problem], one, ledger), head_ids)

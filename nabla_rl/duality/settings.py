@@ -28,4 +28,4 @@ class ExactSettings:
         """Check the values."""
         for name, value in vars(self).items():
             if value < (2 if name in ("chains", "batch_size") else 1):
-                raise UserError(f"settings.{name}: expected a larger number, found {value}.")
+                raise UserError(f"settings.{name}", "a larger number", str(value))

@@ -28,13 +28,17 @@ class Space:
         """Refuse what cannot be listed."""
         if self.vocab < 2 or self.length < 1:
             raise UserError(
-                f"`vocab` and `length` must be at least 2 and 1, got {self.vocab} and {self.length}: there is nothing "
-                "to choose."
+                "vocab` and `length",
+                "at least 2 and 1",
+                f"{self.vocab} and {self.length}",
+                "There is nothing to choose.",
             )
         if self.length * torch.tensor(float(self.vocab)).log() > torch.tensor(float(MAX_SIZE)).log() + 1e-6:
             raise UserError(
-                f"`vocab` ** `length` must be at most {MAX_SIZE:,} sequences, got {self.vocab} ** {self.length}. Take "
-                "a shorter length or fewer tokens."
+                "vocab` ** `length",
+                f"at most {MAX_SIZE:,} sequences",
+                f"{self.vocab} ** {self.length}",
+                "Take a shorter length or fewer tokens.",
             )
 
     @property
@@ -95,14 +99,14 @@ class TabularPolicy(nn.Module):
         for position, table in enumerate(tables):
             expected = (self.space.vocab**position, self.space.vocab)
             if tuple(table.shape) != expected:
-                raise UserError(f"`tables` must be {expected} at position {position}, got {tuple(table.shape)}.")
+                raise UserError("tables", f"{expected} at position {position}", str(tuple(table.shape)))
         self.tables = nn.ParameterList([table.detach().double().clone() for table in tables])
 
     @classmethod
     def from_logps(cls, logps: Float[Tensor, " size"], space: Space) -> TabularPolicy:
         """The policy of a given law, which must give every sequence a probability above zero."""
         if not bool(logps.isfinite().all()):
-            raise UserError("`logps` must be finite, got a sequence of probability zero: no finite logits give that.")
+            raise UserError("logps", "finite", "a sequence of probability zero", "No finite logits give that.")
         return cls(conditionals(logps, space))
 
     def forward(self) -> Float[Tensor, " size"]:

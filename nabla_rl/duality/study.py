@@ -70,7 +70,7 @@ def build_landscape(name: str, seed: int = 0) -> Landscape:
     if name == "table":
         return random_landscape(VOCAB, LENGTH, seed=seed, reward_scale=0.5)
     if name not in NETWORK_PROBLEMS:
-        raise UserError(f"--grid.landscape: expected one of {', '.join(LANDSCAPES)}, found {name!r}.")
+        raise UserError("grid.landscape", f"one of {', '.join(LANDSCAPES)}", repr(name))
     cpu, wanted = torch.device("cpu"), NETWORK_PROBLEMS[name]
     policy = load_policy("sorting/tiny-policy", dtype="float64", device=cpu)
     reward = SequenceClassifierReward(

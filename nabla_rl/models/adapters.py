@@ -37,7 +37,7 @@ class LoraOptions:
         """Check the values in the spelling of the command line."""
         for name in ("r", "lora_alpha"):
             if getattr(self, name) < 1:
-                raise UserError(f"--model.lora.{name}: expected at least 1, found {getattr(self, name)}.")
+                raise UserError(f"lora.{name}", "at least 1", str(getattr(self, name)))
 
     @property
     def targets(self) -> list[str] | str:
@@ -104,14 +104,17 @@ class Adapter:
         folder = Path(folder)
         if not self.changed():
             raise UserError(
-                f"adapter: expected weights that training has changed, found none changed, so nothing is saved in "
-                f"{folder}. Take more steps, a larger --model.{section}.learning_rate, or a reward that tells "
-                "completions apart."
+                "adapter",
+                "weights that training has changed",
+                f"none changed, so nothing is saved in {folder}",
+                f"Take more steps, a larger {{{section}.learning_rate}}, or a reward that tells completions apart.",
             )
         if not all(torch.isfinite(weight).all() for weight in self.parameters()):
             raise UserError(
-                f"adapter: expected finite weights, found NaN or infinity, so nothing is saved in {folder}. Lower "
-                f"--model.{section}.learning_rate."
+                "adapter",
+                "finite weights",
+                f"NaN or infinity, so nothing is saved in {folder}",
+                f"Lower {{{section}.learning_rate}}.",
             )
         self.peft.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -152,24 +155,26 @@ def attach_adapter(policy: Policy, options: LoraOptions, *, seed: int = 0, base_
         return Adapter(policy, get_peft_model(model, config))  # pyright: ignore
 
 
-def check_targets(model: PreTrainedModel, targets: Sequence[str] | str, *, argument: str = "model.lora") -> None:
+def check_targets(model: PreTrainedModel, targets: Sequence[str] | str, *, argument: str = "lora") -> None:
     """Refuse targets that match nothing, with the names that there are."""
     if targets == ALL_LINEAR:
         return
     head = model.get_output_embeddings()
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
     if not targets:
-        raise UserError(f"--{argument}.target_modules: expected at least one name, found none. Use all-linear.")
+        raise UserError(f"{argument}.target_modules", "at least one name", "none", "Use all-linear.")
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
             raise UserError(
-                f"--{argument}.target_modules: expected names of linear layers below the output layer ({known}), "
-                f"found {target!r}, which matches none. Use some of them, or all-linear."
+                f"{argument}.target_modules",
+                f"names of linear layers below the output layer ({known})",
+                f"{target!r}, which matches none",
+                "Use some of them, or all-linear.",
             )
 
 
-def merge_adapter(model: PreTrainedModel, folder: str, *, argument: str = "model.policy.adapter") -> PreTrainedModel:
+def merge_adapter(model: PreTrainedModel, folder: str, *, argument: str = "policy.adapter") -> PreTrainedModel:
     """The model with a saved adapter added to its weights: decoding then costs what it did without.
 
     Raises:
@@ -178,8 +183,10 @@ def merge_adapter(model: PreTrainedModel, folder: str, *, argument: str = "model
     missing = [name for name in FILES if not (Path(folder) / name).is_file()]
     if missing:
         raise UserError(
-            f"--{argument}: expected a PEFT adapter folder, found no {missing[0]} in '{folder}'. Give the adapter/ "
-            "folder of an align run."
+            argument,
+            "a PEFT adapter folder",
+            f"no {missing[0]} in '{folder}'",
+            "Give the adapter/ folder of an align run.",
         )
     try:
         with warnings.catch_warnings():
@@ -189,7 +196,9 @@ def merge_adapter(model: PreTrainedModel, folder: str, *, argument: str = "model
         lines = str(error).strip().splitlines() or [type(error).__name__]
         found = next((line.strip() for line in lines if "size mismatch" in line), lines[0])[:200]
         raise UserError(
-            f"--{argument}: expected an adapter of this model, found '{folder}', which does not fit ({found}). Take "
-            "the model that it was trained on."
+            argument,
+            "an adapter of this model",
+            f"'{folder}', which does not fit ({found})",
+            "Take the model that it was trained on.",
         ) from error
     return merged

@@ -275,12 +275,13 @@ class Backbone(nn.Module):
         """Encode prompts, once: `prompts` are token ids, `problems` the ledger accounts of the rows."""
         for ids in prompts:
             if len(ids) == 0:
-                raise UserError(f"{self.name}: expected a prompt of at least one token, found an empty one.")
+                raise UserError(f"{self.name}", "a prompt of at least one token", "an empty one")
             if len(ids) >= self.context_length:
                 raise UserError(
-                    f"{self.name}: expected a prompt shorter than the model's context of "
-                    f"{self.context_length} tokens, "
-                    f"found one of {len(ids)}. Shorten the problem or take a model with a longer context."
+                    f"{self.name}",
+                    f"a prompt shorter than the model's context of {self.context_length} tokens",
+                    f"one of {len(ids)}",
+                    "Shorten the problem or take a model with a longer context.",
                 )
         width = max(len(ids) for ids in prompts)
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=self.device).bool()
@@ -393,9 +394,10 @@ class Backbone(nn.Module):
         longest = int((prefix.lengths + mask.sum(-1)).max())
         if longest > self.context_length:
             raise UserError(
-                f"{self.name}: expected prompt and completion to fit the model's context of "
-                f"{self.context_length} tokens, "
-                f"found {longest}. Shorten the problem or lower --model.sampling.max_new_tokens."
+                f"{self.name}",
+                f"prompt and completion to fit the model's context of {self.context_length} tokens",
+                str(longest),
+                "Shorten the problem or lower {sampling.max_new_tokens}.",
             )
         cache = build_cache(prefix)
         watch = Stopwatch(self.device)

@@ -52,10 +52,10 @@ def special_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int | None:
 def check_problem(tokenizer: PreTrainedTokenizerBase, problem: str, system_prompt: str | None) -> None:
     """Refuse what cannot be asked."""
     if not problem.strip():
-        raise UserError("problem: expected a non-empty text, found an empty one. Remove it or fill it in.")
+        raise UserError("problem", "a non-empty text", "an empty one", "Remove it or fill it in.")
     if system_prompt and tokenizer.chat_template is None:
         raise UserError(
-            "system_prompt: expected a tokenizer with a chat template, found one without. Leave the system prompt out."
+            "system_prompt", "a tokenizer with a chat template", "one without", "Leave the system prompt out."
         )
 
 

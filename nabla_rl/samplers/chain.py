@@ -54,11 +54,9 @@ def init(
 ) -> ChainState:
     """Chains that start at `tokens` (indices below `support`), at the price of one gradient for each."""
     if tokens.shape != mask.shape or tokens.ndim != 2:
-        raise UserError(
-            f"`tokens` must be (chains, length) as `mask` is, got {tuple(tokens.shape)} and {tuple(mask.shape)}."
-        )
+        raise UserError("tokens", "(chains, length) as `mask` is", f"{tuple(tokens.shape)} and {tuple(mask.shape)}")
     if not beta > 0:
-        raise UserError(f"`beta` must be positive (inf leaves the reward out), got {beta}.")
+        raise UserError("beta", "positive (inf leaves the reward out)", str(beta))
     return evaluate(tokens, mask, support, log_probs_fn, reward_fn, beta=beta)
 
 
@@ -139,7 +137,7 @@ def draw_normals(generator: Generators, like: Float[Tensor, "*shape"]) -> Float[
 def _draw(function, generator: Generators, chains: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
     if isinstance(generator, Sequence):
         if len(generator) != chains:
-            raise UserError(f"`generator` must be one or as many as there are chains, got {len(generator)}.")
+            raise UserError("generator", "one or as many as there are chains", str(len(generator)))
         drawn = torch.stack([function(shape, generator=one, dtype=torch.float64) for one in generator])
     else:
         drawn = function((chains, *shape), generator=generator, dtype=torch.float64)

@@ -85,7 +85,7 @@ def r_hat(values: Float[Tensor, "chains steps"]) -> float:
     values = _checked(values)
     half = values.shape[1] // 2
     if half < 2:
-        raise UserError(f"`values` must have at least 4 steps for two halves, got {values.shape[1]}.")
+        raise UserError("values", "at least 4 steps for two halves", str(values.shape[1]))
     halves = torch.cat([values[:, :half], values[:, -half:]])
     within, between = float(halves.var(1).mean()), half * float(halves.mean(1).var())
     if within == 0:
@@ -95,5 +95,5 @@ def r_hat(values: Float[Tensor, "chains steps"]) -> float:
 
 def _checked(values: Tensor) -> Tensor:
     if values.ndim != 2 or not values.numel():
-        raise UserError(f"`values` must be (chains, steps) and not empty, got {tuple(values.shape)}.")
+        raise UserError("values", "(chains, steps) and not empty", str(tuple(values.shape)))
     return values.double()

@@ -42,7 +42,7 @@ class DiscreteLangevinConfig:
         """Check the values."""
         for name in ("beta", "step_size"):
             if not self.__dict__[name] > 0:
-                raise UserError(f"`{name}` must be positive, got {self.__dict__[name]}.")
+                raise UserError(f"{name}", "positive", str(self.__dict__[name]))
 
 
 def proposal_log_probs(

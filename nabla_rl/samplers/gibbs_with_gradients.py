@@ -43,7 +43,7 @@ class GibbsWithGradientsConfig:
         """Check the values."""
         for name in ("beta", "temperature"):
             if not self.__dict__[name] > 0:
-                raise UserError(f"`{name}` must be positive, got {self.__dict__[name]}.")
+                raise UserError(f"{name}", "positive", str(self.__dict__[name]))
 
 
 def proposal_log_probs(
@@ -69,7 +69,9 @@ def init(
 ) -> ChainState:
     """Chains that start at `tokens`; every chain needs a position that can change."""
     if support < 2 or not bool(mask.any(dim=1).all()):
-        raise UserError("`mask` must have a position in every chain, and `support` two tokens: nothing can change.")
+        raise UserError(
+            "mask", "a position in every chain, and a support of two tokens", "less", "Nothing could change."
+        )
     return init_chain(tokens, mask, support, log_probs_fn, reward_fn, beta=config.beta)
 
 

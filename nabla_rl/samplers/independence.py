@@ -32,7 +32,7 @@ class IndependenceConfig:
     def __post_init__(self) -> None:
         """Check the values."""
         if not self.beta > 0:
-            raise UserError(f"`beta` must be positive, got {self.beta}.")
+            raise UserError("beta", "positive", str(self.beta))
 
 
 def init(

@@ -63,7 +63,7 @@ class LangevinConfig:
         """Check the values."""
         for name in ("beta", "step_size", "scale", "tau"):
             if not self.__dict__[name] > 0:
-                raise UserError(f"`{name}` must be positive, got {self.__dict__[name]}.")
+                raise UserError(f"{name}", "positive", str(self.__dict__[name]))
 
 
 class LangevinState(NamedTuple):
@@ -89,8 +89,9 @@ def init(
     logits = F.upcast(logits).detach().clone()
     if logits.ndim != 3 or mask.shape != logits.shape[:2]:
         raise UserError(
-            f"`logits` must be (chains, length, support) and `mask` (chains, length), got {tuple(logits.shape)} and "
-            f"{tuple(mask.shape)}."
+            "logits",
+            "(chains, length, support) and `mask` (chains, length)",
+            f"{tuple(logits.shape)} and {tuple(mask.shape)}",
         )
     chain = evaluate(F.argmax(logits), mask, logits.shape[-1], log_probs_fn, reward_fn, beta=config.beta)
     return LangevinState(logits, chain)

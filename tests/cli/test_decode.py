@@ -13,9 +13,14 @@ import pytest
 import yaml
 
 from nabla_rl.cli import app as cli
+from nabla_rl.cli import configs
 from nabla_rl.cli import decode as decode_cli
+from nabla_rl.cli.decode import DecodeCLI
+from nabla_rl.data.module import ProblemData
 from nabla_rl.data.tiny import FAMILIES
-from nabla_rl.decoding.module import Decoding
+from nabla_rl.decoding import DECODERS as DECODERS_BY_NAME
+from nabla_rl.decoding.module import DecodingModule
+from nabla_rl.decoding.run import Job
 from nabla_rl.models.loading import ASSETS
 from tests.cli.toys_cli import (
     DECODERS,
@@ -36,7 +41,7 @@ EDIT = (
     "position old_token new_token reward_before reward_after energy_before energy_after accepted gradient_norm "
     "entropy score"
 ).split()
-NEW = ("edit_search", "nabla")
+EDITORS = ("nabla", "edit_search")
 IDS = [f"sorting-test-0-{number}" for number in range(4)]
 
 
@@ -63,13 +68,13 @@ def quick_report(monkeypatch) -> None:
 def decoded(monkeypatch) -> list[tuple[str, str]]:
     """The (problem, decoder) pairs that are really decoded, in order."""
     pairs: list[tuple[str, str]] = []
-    decode_batch = Decoding.decode_batch
+    lines = Job.lines
 
-    def noted(self, name, problems):
-        pairs.extend((problem.id, name) for problem in problems)
-        return decode_batch(self, name, problems)
+    def noted(self, decoder, problems, **more):
+        pairs.extend((problem.id, decoder.name) for problem in problems)
+        return lines(self, decoder, problems, **more)
 
-    monkeypatch.setattr(Decoding, "decode_batch", noted)
+    monkeypatch.setattr(Job, "lines", noted)
     return pairs
 
 
@@ -105,7 +110,7 @@ def test_summary_schema(whole):
     assert rows["greedy"]["reward_calls"] == rows["self_consistency"]["reward_calls"] == 0
     assert rows["greedy"]["rollouts"] == 1 and rows["best_of_n"]["rollouts"] == 3
     assert 0 <= rows["nabla"]["acceptance_rate"] <= 1
-    assert all(rows[name]["acceptance_rate"] is None for name in DECODERS if name != "nabla")
+    assert all(rows[name]["acceptance_rate"] is None for name in DECODERS if name not in EDITORS)
 
 
 def test_results_have_one_line_per_problem_and_decoder(whole):
@@ -125,24 +130,21 @@ def test_results_have_one_line_per_problem_and_decoder(whole):
         assert cost["flops"] == pytest.approx(sum(entry["flops"] for entry in cost["rows"]))
 
 
-def test_nabla_leaves_a_trace_of_edits(whole):
-    rows = [row for row in read_results(whole) if row["decoder"] == "nabla"]
+def test_searches_leave_a_trace_of_edits(whole):
+    rows = [row for row in read_results(whole) if row["decoder"] in EDITORS]
     edits = [edit for row in rows for edit in row["trace"]]
     assert edits and all(list(edit) == EDIT for edit in edits)
     for row in rows:
         assert len(row["trace"]) == row["proposals"] == len(row["rollouts"]) - 1
         assert sum(edit["accepted"] for edit in row["trace"]) == row["accepted"]
-    assert all(row["trace"] == [] for row in read_results(whole) if row["decoder"] != "nabla")
+    assert all(row["trace"] == [] for row in read_results(whole) if row["decoder"] not in EDITORS)
 
 
-def test_the_edit_loop_and_its_twin_run_side_by_side(models, tmp_path):
-    """What runs by default: edits by the value of prefixes, beside the same loop without it."""
-    changes = {"model__nabla__loop": "edits", "model__nabla__edits__min_drop": 0.0, "model__nabla__edits__width": 2}
-    changes |= {"model__decoders": "[edit_search,nabla]", "model__budget__rollouts": 4}
+def test_edit_search_answers_with_the_lowest_energy_it_has_seen(models, tmp_path):
+    changes = {"model__edit_search__min_drop": 0.0, "model__decoders": "[edit_search]", "model__budget__rollouts": 4}
     assert cli.main(["decode", *options(models, tmp_path / "run", **changes)]) == 0
     rows = read_results(tmp_path / "run")
-    phases = {name: {e["phase"] for r in rows if r["decoder"] == name for e in r["cost"]["rows"]} for name in NEW}
-    assert "probe" in phases["nabla"] and "probe" not in phases["edit_search"]
+    assert "probe" in {entry["phase"] for row in rows for entry in row["cost"]["rows"]}
     for row in rows:
         assert len(row["trace"]) == row["proposals"] == len(row["rollouts"]) - 1
         assert row["energy"] == pytest.approx(min(-c["reward"] - c["logps"] for c in row["rollouts"]), abs=1e-4)
@@ -163,7 +165,7 @@ def test_the_saved_configuration_is_complete_and_runs_again(models, whole, tmp_p
     again = ["--config", str(whole / "config.yaml"), "--run_dir"]
     assert cli.decode([*again, str(tmp_path / "run"), "--data.batch_size", "2"]) == 0
     assert timeless_results(tmp_path / "run") == timeless_results(whole)
-    assert len(decoded) == 16
+    assert len(decoded) == 20
     decoded.clear()
     assert cli.decode([*again, str(whole)]) == 0  # the same configuration: nothing is left to do
     assert decoded == []
@@ -183,8 +185,11 @@ def test_without_run_dir_the_folder_is_named_after_the_config_file(models, tmp_p
 def test_the_default_file_lies_under_everything_else(models, tmp_path, monkeypatch):
     """Its values hold where neither another file nor the command line says otherwise, and the folder has its name."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(decode_cli, "CONFIGS", tmp_path)
-    (tmp_path / "default.yaml").write_text("model:\n  beta: 0.5\n  best_of_n:\n    n: 5\nseed: 7\n")
+    monkeypatch.setattr(
+        configs, "default", lambda verb, name="default": (tmp_path / f"{name}.yaml") if name == "default" else None
+    )
+    mine = tmp_path / "default.yaml"
+    mine.write_text("model:\n  beta: 0.5\n  best_of_n:\n    n: 5\nseed: 7\n")
     (tmp_path / "mine.yaml").write_text("model:\n  beta: 0.25\n")
     arguments = options(models, model__decoders="[greedy]", data__limit=1)
     for given, name, beta in (([], "default", 0.5), (["--config", "mine.yaml"], "mine", 0.25)):
@@ -320,13 +325,13 @@ def batch_order(lines: list[bytes]) -> list[bytes]:
     return [line for row, line in sorted(rows, key=lambda pair: place[pair[0]["id"], pair[0]["decoder"]])]
 
 
-@pytest.mark.parametrize(("lines", "torn"), [(0, 7), (6, 50), (8, 0), (14, 300), (16, 0)])
+@pytest.mark.parametrize(("lines", "torn"), [(0, 7), (6, 50), (8, 0), (14, 300), (20, 0)])
 def test_a_killed_run_goes_on_where_it_was(models, whole, tmp_path, decoded, lines, torn):
     kept = cut(whole, tmp_path / "run", lines, torn)
     finished = {(row["id"], row["decoder"]) for row in map(json.loads, kept)}
     assert cli.decode(options(models, tmp_path / "run")) == 0
     assert not finished & set(decoded)
-    assert len(decoded) == 16 - lines
+    assert len(decoded) == 20 - lines
     again = (tmp_path / "run" / "results.jsonl").read_bytes().splitlines(keepends=True)
     assert set(kept) <= set(again)  # byte for byte, with the seconds of the first run
     assert timeless_results(tmp_path / "run") == timeless_results(whole)
@@ -354,24 +359,24 @@ def test_a_finished_run_is_not_touched_again(models, whole, tmp_path, decoded):
 
 
 def test_interrupting_keeps_what_is_finished_and_says_so(models, whole, tmp_path, monkeypatch, capsys):
-    decode_batch, calls = Decoding.decode_batch, []
+    lines, calls = Job.lines, []
 
-    def interrupted(self, name, problems):
-        calls.append(name)
-        if len(calls) == 7:
+    def interrupted(self, decoder, problems, **more):
+        calls.append(decoder.name)
+        if len(calls) == 8:
             raise KeyboardInterrupt
-        return decode_batch(self, name, problems)
+        return lines(self, decoder, problems, **more)
 
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(Decoding, "decode_batch", interrupted)
+        patch.setattr(Job, "lines", interrupted)
         assert cli.decode(options(models, tmp_path / "run")) == 130
     assert signal.getsignal(signal.SIGINT) == handler
     out, err = capsys.readouterr()
     assert err == "error: interrupted. What is finished is kept; the same command goes on from there.\n"
     assert "the 2 finished of 4 problems" in out
     assert read_summary(tmp_path / "run")["problems"] == 2  # those that every decoder has finished
-    assert len(read_results(tmp_path / "run")) == 12
+    assert len(read_results(tmp_path / "run")) == 14
     assert "</html>" in (tmp_path / "run" / "report.html").read_text()
     assert cli.decode(options(models, tmp_path / "run")) == 0
     assert timeless_results(tmp_path / "run") == timeless_results(whole)
@@ -475,28 +480,119 @@ def test_help_explains_the_options(entry, capsys):
         entry(["--help"])
     assert exit_info.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert text.startswith("usage: decode.py [--config FILE]")
+    assert text.startswith("usage: nabla-rl decode [--config NAME]")
     for fragment in (
-        "--model.policy.name NAME A folder, a Hub name, or an embedded model",
-        "--model.beta BETA KL coefficient",
-        "--model.nabla.dto.tau TAU Temperature of the relaxation",
-        "--model.nabla.acceptance {energy,reward,metropolis}",
-        "--model.sampling.temperature TEMPERATURE Divides the logits; 0 is greedy.",
-        "--data.path PATH a JSONL file of your own",
-        "--run_dir RUN_DIR folder of the results",
+        "--model.policy.name [tiny-policy] Folder, Hub name, or embedded model",
+        "--model.beta [1.0] KL coefficient",
+        "--model.nabla.dto.tau [1.0] Temperature of the relaxation",
+        "--model.nabla.acceptance {energy,reward,metropolis} [energy]",
+        "--model.sampling.temperature [0.8] Sampling temperature for rollouts; 0 is greedy.",
+        "--data.path [null]",
+        "--run_dir [null] Folder of the results",
+        "--help trainer",
+        "--help mcts",
     ):
-        assert fragment in text
-    assert text.index("--data.path PATH") < text.index("--trainer.accelerator")
+        assert fragment in text, fragment
+    assert "--trainer.accelerator" not in text and "--model.mcts.branching" not in text
     assert "--optimizer" not in text and "--lr_scheduler" not in text
 
 
-def test_print_config_shows_what_would_run(models, tmp_path, capsys):
+def test_help_fits(capsys):
+    """At most 80 options, one line of help for each, and no line beyond 100 columns."""
+    with pytest.raises(SystemExit):
+        cli.decode(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    named = [number for number, line in enumerate(lines) if line.startswith("  --") and "[" in line]
+    assert 40 < len(named) <= 80
+    for number in named:
+        assert lines[number + 1].startswith("      ") and lines[number + 1].strip()
+        assert lines[number + 2] == "" or lines[number + 2].startswith("  --")
+    assert [line for line in lines if len(line) > 100] == []
+
+
+@pytest.mark.parametrize(("topic", "option"), [("mcts", "--model.mcts.branching"), ("trainer", "--trainer.devices")])
+def test_help_on_a_group(topic, option, capsys):
+    with pytest.raises(SystemExit):
+        cli.decode(["--help", topic])
+    assert option in capsys.readouterr().out
+    assert cli.decode(["--help", topic[:-1]]) == 2
+    assert f"Did you mean {topic}?" in capsys.readouterr().err
+
+
+def test_the_printed_configuration_is_the_run(models, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_info:
-        cli.decode([*options(models, tmp_path / "run", model__beta=0.25), "--print_config"])
+        decode_cli.main([*options(models, tmp_path / "run", model__beta=0.25)], prints_config=True)
     assert exit_info.value.code == 0
-    config = yaml.safe_load(capsys.readouterr().out)
-    assert config["model"]["beta"] == 0.25 and config["data"]["limit"] == 4
+    out = capsys.readouterr().out
+    config = yaml.safe_load(out)
+    assert config["model"]["beta"] == 0.25 and config["data"]["limit"] == 4 and "trainer" not in config
+    assert "# Sampling temperature for rollouts; 0 is greedy." in out
     assert not (tmp_path / "run").exists()
+    (tmp_path / "mine.yaml").write_text(out)
+    assert cli.decode(["--config", str(tmp_path / "mine.yaml"), "--model.decoders", "[greedy]"]) == 0
+    assert read_summary(tmp_path / "run")["problems"] == 4
+
+
+STRANGER = '''
+from dataclasses import dataclass
+from typing import ClassVar
+
+from nabla_rl.decoding import AbstractDecoder, BestOfN
+
+
+@dataclass(frozen=True)
+class Luck(AbstractDecoder):
+    """The best of a few."""
+
+    few: int = 2
+    """Number of completions drawn."""
+
+    name: ClassVar[str] = "luck"
+
+    def decode(self, problems, setting):
+        return BestOfN(self.few).decode(problems, setting)
+'''
+
+
+def test_a_decoder_of_ones_own_by_its_class_path(models, tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_decoders.py").write_text(STRANGER)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        cli.decode(["--model.decoders", "[my_decoders.Luck]", "--help"])
+    assert "--model.luck.few [2]\n      Number of completions drawn." in capsys.readouterr().out
+    named = {"model__decoders": "[greedy,my_decoders.Luck]", "model__luck__few": 3}
+    assert cli.decode(options(models, tmp_path / "run", **named)) == 0
+    rows = read_results(tmp_path / "run")
+    assert {row["decoder"] for row in rows} == {"greedy", "luck"}
+    assert {len(row["rollouts"]) for row in rows if row["decoder"] == "luck"} == {3}
+    assert cli.decode(options(models, tmp_path / "no", model__decoders="[my_decoders.Lick]")) == 2
+    assert "--model.decoders: expected one of greedy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", DECODERS_BY_NAME)
+def test_the_command_line_builds_the_class_of_that_name_with_its_own_defaults(models, name):
+    """One name, one class, one set of defaults, in Python and on the command line."""
+    for given in ([], ["--data.family", "sorting"]):
+        arguments = [*given, "--model.decoders", f"[{name}]"]
+        built = DecodeCLI.read(arguments, DecodingModule, ProblemData).model.decoders[name]
+        assert type(built) is DECODERS_BY_NAME[name]
+        assert built == DECODERS_BY_NAME[name]()
+
+
+def test_a_policy_that_is_not_embedded_gets_no_embedded_reward_models(models, tmp_path, capsys):
+    """The README's command for one's own models, with and without a reward model of one's own."""
+    (tmp_path / "mine.jsonl").write_text('{"problem": "hello"}\n')
+    arguments = ["--data.path", str(tmp_path / "mine.jsonl"), "--model.policy.name", str(models / "policy")]
+    arguments += ["--run_dir", str(tmp_path / "run")]
+    assert cli.decode(arguments) == 0
+    err = capsys.readouterr().err
+    assert "is not embedded: " in err and "reward.name null" in err and "beta 0.3" in err
+    assert {row["decoder"] for row in read_results(tmp_path / "run")} == {"greedy", "self_consistency"}
+    arguments[-1] = str(tmp_path / "judged")
+    assert cli.decode([*arguments, "--model.reward.name", str(models / "reward")]) == 0
+    assert {row["decoder"] for row in read_results(tmp_path / "judged")} == set(DECODERS)
+    config = yaml.safe_load((tmp_path / "judged" / "config.yaml").read_text())
+    assert config["model"]["gold"]["name"] is None and config["model"]["sampling"]["max_new_tokens"] is None
 
 
 def test_verbs(capsys):
@@ -509,4 +605,4 @@ def test_verbs(capsys):
     assert re.fullmatch(r"\d+\.\d+.*\n", capsys.readouterr().out)
     assert cli.main(["dcode"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: nabla-rl: expected a verb (decode, ") and err.count("\n") == 1
+    assert out == "" and "expected" in err and "decode" in err and err.count("\n") == 1

@@ -12,7 +12,7 @@ from pathlib import Path
 from tests import toys_hf
 
 ROOT = Path(__file__).parents[2]
-DECODERS = ("greedy", "best_of_n", "self_consistency", "nabla")
+DECODERS = ("greedy", "best_of_n", "self_consistency", "nabla", "edit_search")
 
 
 def save_models(folder: Path) -> Path:
@@ -44,10 +44,10 @@ def options(models: Path, run_dir: Path | None = None, **changes: object) -> lis
         "model.sampling.max_new_tokens": 10,
         "model.best_of_n.n": 3,
         "model.self_consistency.n": 3,
-        "model.nabla.loop": "published",
         "model.nabla.max_rollouts": 3,
         "model.nabla.dto.num_steps": 4,
         "model.nabla.dto.step_size": 0.5,
+        "model.edit_search.max_rollouts": 3,
     }
     if run_dir is not None:
         values["run_dir"] = run_dir
