@@ -108,9 +108,11 @@ def run(verb: Callable[[list[str]], int], arguments: Sequence[str] | None) -> in
     quiet()
     from jsonargparse import ArgumentError
 
+    from nabla_rl.cli.base import Complaint
+
     try:
         return verb(list(sys.argv[1:] if arguments is None else arguments))
-    except (UserError, ArgumentError) as error:
+    except (Complaint, UserError, ArgumentError) as error:
         return complain(str(error))
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from nabla_rl.data.module import ProblemData
-from nabla_rl.decoding.module import Decoding
+from nabla_rl.decoding.module import DecodingModule
 
 
 class AccuracyBar(Progress):
@@ -51,7 +51,7 @@ class DecodingProgress(L.Callback):
         runs: what decodes them, each with the label of its accuracy; None takes the decoders' own names.
     """
 
-    def __init__(self, data: ProblemData, runs: Sequence[tuple[str | None, Decoding]]):
+    def __init__(self, data: ProblemData, runs: Sequence[tuple[str | None, DecodingModule]]):
         self.data, self.runs = data, runs
         self.graded: dict[str, list[bool]] = defaultdict(list)
         self.bar: AccuracyBar | None = None

@@ -34,7 +34,7 @@ class ProblemData(L.LightningDataModule):
     Args:
         family: which tiny world: words (word problems) or sorting. It also names the embedded models.
         split: validation, test, or hard (more steps than training ever has); train for making distillation data.
-        limit: problems at most.
+        limit: Maximum number of problems; null is all of a file, 64 of the tiny world.
         problem_seed: another draw of problems from the same templates. Never training ones, unless split is train.
         path: a JSONL file of your own (fields id, problem, optional answer) instead of the tiny world.
         answers: how answers are read and graded: boxed (math-verify on the last boxed answer), exact (the whole
@@ -47,7 +47,7 @@ class ProblemData(L.LightningDataModule):
         self,
         family: Literal["words", "sorting"] = "words",
         split: Literal["train", "validation", "test", "hard"] = "test",
-        limit: int = 64,
+        limit: int | None = None,
         problem_seed: int = 0,
         path: str | None = None,
         answers: Literal["boxed", "exact"] | None = None,
@@ -56,7 +56,7 @@ class ProblemData(L.LightningDataModule):
     ):
         super().__init__()
         for name, value in (("limit", limit), ("batch_size", batch_size)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise UserError(f"--data.{name}: expected at least 1, found {value}.")
         self.family = FAMILIES[family]
         self.split, self.limit, self.problem_seed, self.path = split, limit, problem_seed, path
@@ -69,11 +69,11 @@ class ProblemData(L.LightningDataModule):
 
     def _load(self) -> list[Problem]:
         if self.path is None:
-            return list(islice(generate(self.family, self.split, self.problem_seed), self.limit))
+            return list(islice(generate(self.family, self.split, self.problem_seed), self.limit or 64))
         problems, complaints = read_jsonl(self.path, skip_bad=self.skip_bad)
         check_unique(problems)
         self.notices = [f"left out: {complaint}" for complaint in complaints]
-        if len(problems) > self.limit:
+        if self.limit is not None and len(problems) > self.limit:
             self.notices.append(
                 f"left out: all but the first {self.limit} of {len(problems)} problems (--data.limit)."
             )
