@@ -13,6 +13,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from nabla_rl.decoding.presets import PREFIX_VALUES, NablaOptions
 from peft import get_peft_model_state_dict
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -27,7 +28,6 @@ from nabla_rl.alignment.trl_engine import build_trl_trainer
 from nabla_rl.alignment.trl_search import SearchRollouts
 from nabla_rl.data.problems import Problem, grade_exact
 from nabla_rl.data.tiny import SORTING, build_tokenizer
-from nabla_rl.decoding.presets import PREFIX_VALUES, NablaOptions
 from nabla_rl.functional.policy_gradient import group_relative_advantages
 from nabla_rl.ledger import Ledger
 from nabla_rl.models.adapters import LoraOptions
