@@ -1,10 +1,13 @@
-"""What running a training of an adapter takes: the trainer, checkpoints, loggers, the run's folder, its figures."""
+"""What every training of an adapter needs: trainer, checkpoints, loggers, run folder, figures."""
 
 from __future__ import annotations
 
+import json
 import resource
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,15 +16,32 @@ from typing import Any, Literal
 import lightning as L
 import torch
 import yaml
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from nabla_rl.adapters.config import AdapterConfig
 from nabla_rl.adapters.training import AdapterTraining
+from nabla_rl.data.problems import Problem
+from nabla_rl.models.policy import Policy
 from nabla_rl.run_folder import flatten
 from nabla_rl.types import UserError
 
 Engine = Literal["lightning", "trl"]
+
+
+class TrainingProgress(RichProgressBar):
+    """Lightning's bar of the batches of the whole run, also where it resumes from a checkpoint.
+
+    There are no epochs to count, and Lightning counts what is left as the whole.
+    """
+
+    @property
+    def total_train_batches(self) -> int:
+        """All batches of the run."""
+        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "training"
 
 
 def build_trainer(settings: AdapterConfig, *, device: torch.device | str | None = None) -> L.Trainer:
@@ -44,7 +64,7 @@ def build_trainer(settings: AdapterConfig, *, device: torch.device | str | None 
 
 
 def norm_or_none(norm: float) -> float | None:
-    """Lightning's word for "never cut the gradient" is None."""
+    """Lightning writes None where the gradient is never clipped."""
     return norm or None
 
 
@@ -71,7 +91,7 @@ def fit(module: AdapterTraining, trainer: L.Trainer, folder: Path, callbacks: Se
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within, Ctrl-C is what it is elsewhere, and not what Lightning makes of it."""
+    """Within, Ctrl-C raises KeyboardInterrupt, which Lightning turns into SystemExit."""
     try:
         yield
     except SystemExit as stop:
@@ -81,7 +101,7 @@ def interruptible() -> Iterator[None]:
 
 
 def check_logger(report_to: str, section: str) -> None:
-    """Refuse W&B where it is not installed, before anything is loaded or trained."""
+    """Refuse W&B where it is not installed, before anything is loaded or trained; `section` holds the setting."""
     if report_to == "wandb" and find_spec("wandb") is None:
         raise UserError(
             f"{section}.report_to", "an installed logger", "no wandb", "Run `pip install wandb`, or use tensorboard."
@@ -89,7 +109,7 @@ def check_logger(report_to: str, section: str) -> None:
 
 
 def build_loggers(settings: AdapterConfig, folder: Path) -> list[Logger]:
-    """Where metrics go besides metrics.jsonl."""
+    """The loggers that get the metrics besides metrics.jsonl."""
     if settings.report_to == "tensorboard":
         return [TensorBoardLogger(folder, name="tensorboard", version="")]
     if settings.report_to == "wandb":
@@ -110,7 +130,7 @@ def with_error(figures: Mapping[str, Any], name: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what made the adapter."""
+    """Versions of the packages that made the adapter."""
     found = {}
     for name in ("nabla-rl", "torch", "transformers", "peft", "trl", "lightning"):
         try:
@@ -118,6 +138,21 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def named(model: Any) -> Any:
+    """What config.yaml says of a model: its name, its options where there are more, or the class of a loaded one."""
+    if model is None or isinstance(model, str):
+        return model
+    if isinstance(model, Policy):
+        return str(model.backbone.model.name_or_path) or type(model.backbone.model).__name__
+    return asdict(model) if is_dataclass(model) and not isinstance(model, type) else type(model).__name__
+
+
+def fingerprint(rows: Iterable[Any]) -> str:
+    """A short text that differs where problems, or other rows of plain values, differ."""
+    plain = [asdict(row) if isinstance(row, Problem) else row for row in rows]
+    return f"{len(plain)} ({blake2b(json.dumps(plain, sort_keys=True).encode(), digest_size=6).hexdigest()})"
 
 
 def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:
@@ -150,7 +185,7 @@ def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Most memory held: of the GPU where there is one, else of the process."""
+    """Peak memory of the GPU, or of the process where the device is no GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

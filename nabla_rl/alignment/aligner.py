@@ -164,10 +164,17 @@ class PolicyAligner(AdapterTraining):
         data: AlignmentData,
         judges: dict[str, AbstractReward | None] | None = None,
         *,
-        functions: Sequence[RewardFunction] | None = None,
+        functions: Sequence[str | RewardFunction] | None = None,
         base_name: str | None = None,
     ) -> None:
-        """Train this policy, with these reward models (`reward`, `gold`) or these reward functions.
+        """Train this policy.
+
+        Args:
+            policy: Model whose adapter is put in.
+            data: Training problems and held-out problems.
+            judges: Reward models by their roles, `reward` and `gold`.
+            functions: Reward functions or their names; None stands for `reward_funcs`.
+            base_name: Name of the policy that the saved adapter refers to.
 
         Raises:
             UserError: They cannot be used together, or a held-out problem does not fit them.
@@ -184,9 +191,11 @@ class PolicyAligner(AdapterTraining):
             check_lengths(data.held_out, policy, None, longest, setting="rl.max_completion_length")
         self.policy, self.data, self._judges = policy, data, judges or {}
         self.adapter = attach_adapter(policy, self.lora, seed=self.seed, base_name=base_name)
-        self.functions = list(functions or [self._reward_function(name) for name in self.reward_names])
+        self.functions = [self._reward_function(each) for each in functions or self.reward_names]
 
-    def _reward_function(self, name: str) -> RewardFunction:
+    def _reward_function(self, name: str | RewardFunction) -> RewardFunction:
+        if not isinstance(name, str):
+            return name
         if name == "judge":
             judge = self._judges["reward"]
             assert judge is not None

@@ -1,4 +1,4 @@
-"""Progress bars: of a training, and of decoding with each decoder's running accuracy."""
+"""Progress bars of decoding, with each decoder's running accuracy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
@@ -27,21 +26,6 @@ class AccuracyBar(Progress):
         yield self.make_tasks_table(self.tasks)
         if self.accuracies:
             yield Text(self.accuracies)
-
-
-class TrainingProgress(RichProgressBar):
-    """Lightning's bar of the batches of the whole run, also where it goes on from a checkpoint.
-
-    There are no epochs to count, and Lightning counts what is left as the whole.
-    """
-
-    @property
-    def total_train_batches(self) -> int:
-        """All batches of the run."""
-        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return "training"
 
 
 class DecodingBar:
