@@ -16,32 +16,18 @@ from typing import Any, Literal
 import lightning as L
 import torch
 import yaml
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from nabla_rl.adapters.config import AdapterConfig
 from nabla_rl.adapters.training import AdapterTraining
 from nabla_rl.data.problems import Problem
+from nabla_rl.models.loading import ASSETS
 from nabla_rl.models.policy import Policy
 from nabla_rl.run_folder import flatten
 from nabla_rl.types import UserError
 
 Engine = Literal["lightning", "trl"]
-
-
-class TrainingProgress(RichProgressBar):
-    """Lightning's bar of the batches of the whole run, also where it resumes from a checkpoint.
-
-    There are no epochs to count, and Lightning counts what is left as the whole.
-    """
-
-    @property
-    def total_train_batches(self) -> int:
-        """All batches of the run."""
-        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return "training"
 
 
 def build_trainer(settings: AdapterConfig, *, device: torch.device | str | None = None) -> L.Trainer:
@@ -145,7 +131,9 @@ def named(model: Any) -> Any:
     if model is None or isinstance(model, str):
         return model
     if isinstance(model, Policy):
-        return str(model.backbone.model.name_or_path) or type(model.backbone.model).__name__
+        own = model.backbone.model
+        folder = Path(own.name_or_path or type(own).__name__)
+        return f"{folder.parent.name}/{folder.name}" if folder.parent.parent == ASSETS else str(folder)
     return asdict(model) if is_dataclass(model) and not isinstance(model, type) else type(model).__name__
 
 

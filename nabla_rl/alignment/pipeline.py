@@ -12,9 +12,9 @@ from typing import Any
 import lightning as L
 import torch
 
+from nabla_rl.adapters.progress import TrainingProgress
 from nabla_rl.adapters.run import (
     Engine,
-    TrainingProgress,
     build_trainer,
     check_logger,
     claim_folder,

@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from nabla_rl.adapters.run import TrainingProgress, figure_names, with_error
+from nabla_rl.adapters.progress import TrainingProgress
+from nabla_rl.adapters.run import figure_names, with_error
 from nabla_rl.alignment.aligner import PolicyAligner
 from nabla_rl.alignment.data import AlignmentData
 from nabla_rl.alignment.pipeline import read_finished, train

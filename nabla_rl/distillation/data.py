@@ -74,9 +74,9 @@ class DistillationData(AlignmentData):
         self.refused = HeldOut([p.problem for p in (*self.held_out, *self.validation)], tiny)
 
     def learn_from(self, *, filters: Filters, validation: Sequence[Problem]) -> None:
-        """Answer one's own problems, filter them so, and choose the best weights on `validation`."""
+        """Learn from the caller's own problems, filter the answers, and choose the best weights on `validation`."""
         self.filters, self.validation, self.problems = filters, list(validation), self.own or []
-        self.refused = HeldOut([p.problem for p in (*self.held_out, *self.validation)], self.family.name)
+        self.refused = HeldOut([p.problem for p in (*self.held_out, *self.validation)])
 
     def to_decode(self, problems: Sequence[Problem], batch_size: int = 64) -> ProblemData:
         """Some of the problems, as the decode command has them."""
