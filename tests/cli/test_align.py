@@ -103,8 +103,8 @@ def test_the_summary_has_before_and_after(whole):
     assert summary["flops"] > 0 and summary["seconds"] > 0
     card = (whole / "adapter" / "README.md").read_text()
     for said in (
-        "library_name: peft", "| data | the tiny world; held out: 4 problems |", "| reward | judge; reward model ", "| β | 1.0",
-        "| KL reached |", "rloo", "peft 0", "| accuracy |",
+        "library_name: peft", "| data | the tiny world; held out: 4 problems |", "| reward | judge; reward model ",
+        "| β | 1.0", "| KL reached |", "rloo", "peft 0", "| accuracy |",
     ):  # fmt: skip
         assert said in card, said
 
@@ -139,7 +139,7 @@ def test_killed_and_continued_is_unbroken_bit_for_bit(whole, models, tmp_path, s
     if sent == signal.SIGINT:
         assert process.returncode == 130
         said = [line for line in errors.splitlines() if "━" not in line and not line.startswith("note: ")]
-        assert said == ["error: interrupted. What is finished is kept; the same command goes on from there."]
+        assert said == ["error: interrupted. What is finished is kept; the same command resumes it."]
     assert not (run_dir / "summary.json").exists()
     done = start(options(models, run_dir))
     shown, errors = done.communicate(timeout=240)
@@ -352,7 +352,7 @@ def test_bad_input_is_one_line(models, tmp_path, capsys, changes, complaint):
 
 def test_another_configuration_is_refused(whole, models, capsys):
     assert cli.align(options(models, whole, **{"model.rl.beta": 2.0})) == 2
-    assert "found model.rl.beta = 1.0 there and 2.0 now" in capsys.readouterr().err
+    assert "= 1.0 there and 2.0 now" in capsys.readouterr().err
 
 
 def test_weights_that_explode_end_in_one_line(models, tmp_path, capsys):
