@@ -31,7 +31,7 @@ Engine = Literal["lightning", "trl"]
 
 
 def build_trainer(settings: AdapterConfig, *, device: torch.device | str | None = None) -> L.Trainer:
-    """Lightning's trainer for these settings, on one device: the GPU where there is one, unless a device is named."""
+    """Lightning's trainer for these settings on one device; None is the GPU where there is one."""
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cuda = place.type == "cuda"
     return L.Trainer(
@@ -55,7 +55,7 @@ def norm_or_none(norm: float) -> float | None:
 
 
 def fit(module: AdapterTraining, trainer: L.Trainer, folder: Path, callbacks: Sequence[L.Callback] = ()) -> None:
-    """Train by Lightning, from the last checkpoint where there is one."""
+    """Train with Lightning; a run with a checkpoint resumes from it."""
     checkpoints = folder / "checkpoints"
     trainer.loggers = build_loggers(module.settings, folder)
     trainer.callbacks += [  # pyright: ignore
@@ -104,7 +104,7 @@ def build_loggers(settings: AdapterConfig, folder: Path) -> list[Logger]:
 
 
 def figure_names(figures: Mapping[str, Any]) -> list[str]:
-    """The figures that have a value."""
+    """The names of the figures that have a value."""
     skip = ("problems", "generations", "evaluation_flops")
     return [n for n, v in figures.items() if n not in skip and not n.endswith("_error") and v is not None]
 

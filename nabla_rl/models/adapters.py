@@ -1,4 +1,4 @@
-"""LoRA adapters of a policy by PEFT: put in, switched off (the reference), saved with a card, loaded for decoding."""
+"""LoRA adapters by PEFT: put into a policy, switched off for the reference, saved with a card, merged for decoding."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class LoraOptions:
 class Adapter:
     """The LoRA matrices inside a policy, the only weights of it that train.
 
-    The policy's own passes (rollouts, scores) go through the matrices from now on; within `disabled()` the same
-    policy is its own reference, without a second copy of the weights.
+    All passes of the policy go through the matrices while they are in it. Within `disabled()` the same policy is its
+    own reference, without a second copy of the weights.
 
     Attributes:
         peft: The PEFT model around the policy's own. It is no part of the policy, but shares its modules.
