@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from nabla_rl.studies.base import Report, Row
+from nabla_rl.report.rows import Report, Row
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1f; background: #fff; max-width: 82rem; margin: 2rem auto;
