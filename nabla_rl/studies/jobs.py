@@ -148,10 +148,16 @@ def _decoding(
 
 
 class Models:
-    """Loaded models, each loaded once for all points that ask for the same one."""
+    """Loaded models, each loaded once for all points that ask for the same one.
 
-    def __init__(self, device: torch.device | None = None):
+    Args:
+        device: Where they are put; None is the GPU where there is one.
+        keep: Number of models that are kept, those that were asked for last.
+    """
+
+    def __init__(self, device: torch.device | None = None, keep: int = 8):
         self.device = device or default_device()
+        self.keep = keep
         self._loaded: dict[str, Any] = {}
 
     def policy(self, options: PolicyOptions, *, argument: str = "policy") -> Policy:
@@ -166,9 +172,11 @@ class Models:
 
     def _once(self, key: Any, load: Callable[[], Any]) -> Any:
         name = repr(key)
-        if name not in self._loaded:
-            self._loaded[name] = load()
-        return self._loaded[name]
+        found = self._loaded.pop(name) if name in self._loaded else load()
+        self._loaded[name] = found
+        while len(self._loaded) > self.keep:
+            del self._loaded[next(iter(self._loaded))]
+        return found
 
     def job(self, decoding: Decoding) -> Job:
         """The job of a decoding, after a check that every problem fits its models."""

@@ -14,7 +14,8 @@ from nabla_rl.duality import estimates
 from nabla_rl.duality.estimates import Interval
 from nabla_rl.functional.seeding import seeded_generator
 from nabla_rl.models.policy import Policy
-from nabla_rl.studies.sources import Density, Row, Source, features
+from nabla_rl.report.rows import Row
+from nabla_rl.studies.sources import Density, Source, features
 
 BEST_OF = (2, 4, 8, 16, 32, 64, 128)
 REDRAWN = 4
