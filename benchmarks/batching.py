@@ -18,13 +18,13 @@ import time  # noqa: E402
 
 import torch  # noqa: E402
 from _common import parser, ratio, table, write_json  # noqa: E402
+from nabla_rl.decoding.presets import NablaOptions  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from nabla_rl.data.problems import extract_line  # noqa: E402
 from nabla_rl.data.tiny import FAMILIES, generate  # noqa: E402
 from nabla_rl.decoding.base import Decoded, Sampling  # noqa: E402
 from nabla_rl.decoding.module import Decoding  # noqa: E402
-from nabla_rl.decoding.presets import NablaOptions  # noqa: E402
 from nabla_rl.dto import DTOConfig  # noqa: E402
 from nabla_rl.ledger import Ledger  # noqa: E402
 from nabla_rl.models.loading import ASSETS, PolicyOptions, RewardOptions, load_classifier, load_policy  # noqa: E402

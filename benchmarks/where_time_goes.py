@@ -22,11 +22,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from _common import interleave, parser, table, write_json  # noqa: E402
+from nabla_rl.decoding.presets import ONE_STEP, PREFIX_VALUES  # noqa: E402
 
 from nabla_rl.data.tiny import FAMILIES, generate  # noqa: E402
 from nabla_rl.decoding import AbstractDecoder, BestOfN, EditSearch, Greedy, Nabla, Sampling  # noqa: E402
 from nabla_rl.decoding.module import load_reward  # noqa: E402
-from nabla_rl.decoding.presets import ONE_STEP, PREFIX_VALUES  # noqa: E402
 from nabla_rl.ledger import Ledger, Stopwatch  # noqa: E402
 from nabla_rl.models.loading import PolicyOptions, RewardOptions, load_policy  # noqa: E402
 

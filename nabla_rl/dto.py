@@ -39,42 +39,35 @@ class DTOConfig:
     step_size: float = 0.01
     """Step size of the first update (η)."""
     final_step_size: float = 0.001
-    """Where the cosine ends, after `num_steps`. The schedule never rises: a smaller `step_size` stays as it is."""
+    """Step size of the last update, where the cosine ends."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """Step size over the steps; the cosine is torch's `CosineAnnealingLR`."""
+    """Schedule of the step size; the cosine is torch's CosineAnnealingLR."""
     optimizer: Literal["adamw", "sgd", "exponentiated"] = "adamw"
-    """Update rule: AdamW, plain gradient descent (no momentum), or exponentiated gradient, which is descent by ∂L/∂y
-    itself. Its step of 1 with `weight_decay` 1 gives the first-order Gibbs conditional softmax(-∂L/∂y_i)."""
+    """Update rule: AdamW, plain gradient descent, or exponentiated gradient (descent by ∂L/∂y)."""
     trust_region: float | None = None
-    """KL in nats by which each update changes each position's distribution, in place of step size and schedule ("sgd"
-    and "exponentiated"). None: the step sizes."""
-    hidden_states: bool = False
-    """Whether the policy's last hidden states are moved in place of its logits ("sgd"; needs `unembedding`)."""
+    """KL in nats by which an update changes each position, in place of a step size; null is off."""
     weight_decay: float = 0.01
-    """Decoupled decay of the logits, times the step size (torch's AdamW default; the paper states none). With
-    "exponentiated" it is the weight of the entropy: see docs/methods/dto.md."""
+    """Decoupled decay of the logits; the weight of the entropy for exponentiated gradient."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of AdamW's moments (torch's defaults)."""
+    """Decay rates of AdamW's moments."""
     eps: float = 1e-8
-    """Added to AdamW's denominator (torch's default)."""
+    """Term added to AdamW's denominator."""
     tau: float = 1.0
     """Temperature of the relaxation (τ)."""
     relaxation: Literal["straight_through", "gumbel_softmax", "softmax"] = "straight_through"
-    """What stands for the tokens: the argmax, the argmax of noisy logits (a sample of the policy), or the mean."""
-    fresh_noise: bool = False
-    """Whether "gumbel_softmax" draws new noise after every step, or keeps that of `init` (so caching stays exact)."""
+    """Relaxation of the tokens: the argmax, the argmax of noisy logits, or the mean."""
     beta: float = 1.0
-    """KL coefficient, β = 1/λ; `inf` leaves the reward out. The paper states none (its scripts amount to 0.001)."""
+    """KL coefficient β = 1/λ; infinity leaves the reward out."""
     prefix: bool = True
-    """Whether the gradient has δ_prefix, the likelihood of a token after its prefix."""
+    """Use of δ_prefix in the gradient, the likelihood of a token after its prefix."""
     postfix: bool = True
-    """Whether it has δ_postfix, the effect on later tokens. Without it the policy needs no backward pass."""
+    """Use of δ_postfix in the gradient, the effect of a token on later ones."""
     reward: bool = True
-    """Whether it has λ δ_reward. Without it the reward is still evaluated and counts in the energy."""
+    """Use of λ δ_reward in the gradient; the energy has the reward in any case."""
     caching: bool | None = None
-    """Whether gradients are reused until an argmax flips. None: wherever that is exact."""
+    """Reuse of gradients until an argmax flips; null is wherever that is exact."""
     tolerance: float = 0.0
-    """A row has converged when no logit moved as much as this (weight decay aside). 0 switches the test off."""
+    """Largest change of a logit at which a row has converged; 0 switches the test off."""
 
     def __post_init__(self) -> None:
         """Check every value by itself, then together."""
@@ -87,20 +80,16 @@ class DTOConfig:
         _require(self.beta > 0, "beta", "positive (inf leaves the reward out)", self.beta)
         for name, known in (("schedule", F.SCHEDULES), ("optimizer", F.UPDATE_RULES), ("relaxation", F.RELAXATIONS)):
             _require(self.__dict__[name] in known, name, f"one of {', '.join(known)}", self.__dict__[name])
-        noisy = F.RELAXATIONS[self.relaxation].noisy
-        _require(noisy or not self.fresh_noise, "fresh_noise", "False without relaxation='gumbel_softmax'", True)
         region, moments = self.trust_region, F.UPDATE_RULES[self.optimizer].moments
         _require(region is None or 0 <= region < math.inf, "trust_region", "at least 0 and finite, or None", region)
         _require(region is None or not moments, "trust_region", "None with optimizer='adamw'. Use 'sgd'", region)
-        linear = f"False with optimizer='{self.optimizer}'. Use 'sgd', whose steps are linear in the gradient"
-        _require(self.optimizer == "sgd" or not self.hidden_states, "hidden_states", linear, True)
-        exact = "None or False with relaxation='softmax' or fresh_noise=True, where tokens change at every step"
+        exact = "None or False with relaxation='softmax', where tokens change at every step"
         _require(self.cacheable or not self.caching, "caching", exact, self.caching)
 
     @property
     def cacheable(self) -> bool:
         """Whether the relaxed tokens are constant between flips, so that a cached gradient is exact."""
-        return F.RELAXATIONS[self.relaxation].hard and not self.fresh_noise
+        return F.RELAXATIONS[self.relaxation].hard
 
     def step_size_at(self, step: int) -> float:
         """Step size of update number `step`, from 0."""
@@ -195,20 +184,13 @@ def step(
     log_probs_fn: LogProbsFn,
     reward_fn: RewardFn | None,
     config: DTOConfig,
-    generator: torch.Generator | None = None,
     *,
     donate: bool = False,
-    unembedding: Float[Tensor, "support hidden"] | None = None,
 ) -> tuple[DTOState, DTOInfo]:
     """One update of the logits, at the price of a forward and backward of both models for the rows that need it.
 
-    `donate=True` reuses the big tensors of `state`, which must not be used again. `generator` serves `fresh_noise`,
-    `unembedding` (the matrix that makes logits of hidden states) serves `hidden_states`.
+    `donate=True` reuses the big tensors of `state`, which must not be used again.
     """
-    fits = unembedding is not None and len(unembedding) == state.logits.shape[-1]
-    expected = f"a matrix of {state.logits.shape[-1]} rows with hidden_states=True, one for each token of the support"
-    found = None if unembedding is None else tuple(unembedding.shape)
-    _require(fits or not config.hidden_states, "unembedding", expected, found)
     evaluated = state.finite & ~state.converged
     if config.cacheable and config.caching is not False:
         evaluated = evaluated & state.stale
@@ -223,19 +205,16 @@ def step(
     finite = state.finite & (state.converged | ~wrong)
     moving = finite & ~state.converged
     active = state.mask & moving[:, None]
-    noise = state.noise
-    if noise is not None and config.fresh_noise:
-        noise = torch.where(moving[:, None, None], _draw_noise(state.logits, generator), noise)
     logits = _own(state.logits, donate)
     moments = [None if x is None else _own(x, donate) for x in (state.first_moment, state.second_moment)]
-    tokens, moved = _descend(state, logits, moments, noise, active, config, unembedding)
+    tokens, moved = _descend(state, logits, moments, active, config)
     converged = state.converged
     if config.tolerance > 0:
         converged = converged | (moving & ~moved.any(dim=1))
     flips = ((tokens != state.tokens) & active).sum(dim=1)
     info = DTOInfo(state.energy, state.reward, state.logps, norm, flips, evaluated, finite)
     stale = (state.stale & ~evaluated) | (flips > 0 if config.cacheable else moving)
-    kept = state._replace(logits=logits, first_moment=moments[0], second_moment=moments[1], noise=noise)
+    kept = state._replace(logits=logits, first_moment=moments[0], second_moment=moments[1])
     return kept._replace(tokens=tokens, stale=stale, finite=finite, converged=converged, step=state.step + 1), info
 
 
@@ -248,8 +227,6 @@ def run(
     reward_fn: RewardFn | None,
     config: DTOConfig,
     generator: torch.Generator | None = None,
-    *,
-    unembedding: Float[Tensor, "support hidden"] | None = None,
 ) -> DTOOutput:
     """Optimise `config.num_steps` steps, or until every row is frozen, and keep the best tokens seen."""
     state = init(logits, mask, config, generator)
@@ -262,7 +239,7 @@ def run(
 
     while state.step < config.num_steps and bool((state.finite & ~state.converged).any()):
         tokens = state.tokens
-        state, info = step(state, log_probs_fn, reward_fn, config, generator, donate=True, unembedding=unembedding)
+        state, info = step(state, log_probs_fn, reward_fn, config, donate=True)
         infos.append(info)
         best_tokens, best_energy = keep_best(tokens, info.energy)
     scored = state.stale & state.finite if infos else torch.zeros_like(state.stale)
@@ -282,10 +259,8 @@ def _descend(
     state: DTOState,
     logits: Tensor,
     moments: list[Tensor | None],
-    noise: Tensor | None,
     active: Tensor,
     config: DTOConfig,
-    unembedding: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Update logits and moments in place, a few positions at a time so that they stay in the processor's cache.
 
@@ -295,25 +270,21 @@ def _descend(
     rule = F.UPDATE_RULES[config.optimizer]
     decay = 0.0 if config.trust_region is not None else size * config.weight_decay
     settings = {"step_size": size, "weight_decay": config.weight_decay, "betas": config.betas, "eps": config.eps}
-    big = [None if x is None else x.flatten(0, 1) for x in (logits, *moments, state.gradient, state.noise, noise)]
+    big = [None if x is None else x.flatten(0, 1) for x in (logits, *moments, state.gradient, state.noise)]
     tokens_flat, moved_flat, places = tokens.flatten(), moved.flatten(), active.flatten().nonzero().squeeze(1)
     every, width = len(places) == active.numel(), logits.shape[-1]
     count = max(1, (CHUNK_CPU if logits.device.type == "cpu" else CHUNK) // width)
     space = [logits.new_empty(min(count, len(places)), width) for _ in range(2)]
     for start in range(0, len(places), count):
         here = slice(start, start + count) if every else places[start : start + count]
-        z, first, second, gradient, old_noise, new_noise = (None if x is None else x[here] for x in big)
+        z, first, second, gradient, noise = (None if x is None else x[here] for x in big)
         assert z is not None and gradient is not None
         before = z.clone() if config.tolerance > 0 else z
         if not rule.natural:
             gradient = F.straight_through_vjp(
-                _perturb(z, old_noise), gradient, config.tau, likeliest=state.tokens.flatten()[here],
+                _perturb(z, noise), gradient, config.tau, likeliest=state.tokens.flatten()[here],
                 out=(space[0][: len(z)], space[1][: len(z)]),
             )  # fmt: skip
-        if config.hidden_states:
-            assert unembedding is not None
-            # a step of -η ∂L/∂h = -η Wᵀd of the hidden states h moves the logits W h by -η W Wᵀ d, exactly
-            gradient = ((gradient.to(unembedding.dtype) @ unembedding) @ unembedding.T).to(z.dtype)
         if config.trust_region is None:
             rule.update(z, gradient, first, second, step=state.step, **settings)
         else:
@@ -322,7 +293,7 @@ def _descend(
             for whole, part in zip(big[:3], (z, first, second), strict=True):
                 if whole is not None and part is not None:
                     whole[here] = part
-        tokens_flat[here] = F.follow_argmax(_perturb(z, new_noise), tokens_flat[here])
+        tokens_flat[here] = F.follow_argmax(_perturb(z, noise), tokens_flat[here])
         if config.tolerance > 0:
             moved_flat[here] = ((z - before * (1.0 - decay)).abs() >= config.tolerance).any(-1)
     return tokens, moved
@@ -382,4 +353,4 @@ def _outcome(finite: bool, converged: bool, improved: bool) -> Outcome:
 
 def _require(condition: bool, name: str, expected: str, found: object) -> None:
     if not condition:
-        raise UserError(f"{name}", f"{expected}", str(found))
+        raise UserError(name, expected, str(found))

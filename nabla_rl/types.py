@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -81,23 +81,19 @@ class LogProbsFn(Protocol):
     """The policy, as an optimiser of tokens sees it: log π(support token | x, y_<i) at every position.
 
     Prompts, support ids, masks and key-value prefixes are closed over. `rows` says which rows of the batch are asked
-    for, since cached gradients make some unnecessary; `token_probs` holds only those. The result must be
-    differentiable in `token_probs`, and position i of it may depend on earlier positions only.
+    for, since cached gradients make some unnecessary; `tokens` (a `functional.SoftTokens`) holds only those. The
+    result must be differentiable in `tokens.probs`, and position i of it may depend on earlier positions only.
     """
 
-    def __call__(
-        self, token_probs: Float[Tensor, "active length support"], rows: Int[Tensor, " active"], /
-    ) -> Float[Tensor, "active length support"]:
+    def __call__(self, tokens: Any, rows: Int[Tensor, " active"], /) -> Float[Tensor, "active length support"]:
         """Log-probabilities of the support tokens at each position of the given rows."""
         ...
 
 
 @runtime_checkable
 class RewardFn(Protocol):
-    """The reward, as an optimiser of tokens sees it: r(x, y) of soft tokens, differentiable in `token_probs`."""
+    """The reward, as an optimiser of tokens sees it: r(x, y) of soft tokens, differentiable in `tokens.probs`."""
 
-    def __call__(
-        self, token_probs: Float[Tensor, "active length support"], rows: Int[Tensor, " active"], /
-    ) -> Float[Tensor, " active"]:
+    def __call__(self, tokens: Any, rows: Int[Tensor, " active"], /) -> Float[Tensor, " active"]:
         """Rewards of the given rows."""
         ...

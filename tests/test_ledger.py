@@ -17,17 +17,16 @@ from nabla_rl.rewards.likelihood import LikelihoodReward
 from nabla_rl.rewards.sequence_classifier import SequenceClassifierReward
 from tests import toys_hf as toys
 
-SAMPLING = Sampling(max_new_tokens=8)
+GIVEN = {"sampling": Sampling(1.0, max_new_tokens=8), "seed": 1}
 NABLA = Nabla(
-    DTOConfig(num_steps=4, step_size=1.0, final_step_size=1.0),
-    max_rollouts=4, min_entropy=0.5, support=6, sampling=SAMPLING, seed=1,
-)  # fmt: skip
+    DTOConfig(num_steps=4, step_size=1.0, final_step_size=1.0), max_rollouts=4, sweeps=1, min_entropy=0.5, support=6
+)
 DECODERS = {
     "nabla": NABLA,
-    "best_of_n": BestOfN(n=3, sampling=SAMPLING),
-    "greedy": Greedy(SAMPLING),
-    "sample": Sample(SAMPLING),
-    "self_consistency": SelfConsistency(n=3, sampling=SAMPLING),
+    "best_of_n": BestOfN(n=3),
+    "greedy": Greedy(),
+    "sample": Sample(),
+    "self_consistency": SelfConsistency(n=3),
 }
 
 
@@ -69,9 +68,8 @@ def test_the_ledger_is_what_hooks_on_both_models_count(name: str, template: bool
     reward = SequenceClassifierReward(toys.build_classifier(), tokenizer)
     backwards = 0
     for problem in toys.problems(4):
-        ledger = Ledger(1)
         with hooked(policy.backbone.base, reward.backbone.base) as (ours, theirs):
-            DECODERS[name].decode([problem], policy, reward, ledger)
+            _, ledger = toys.decode(DECODERS[name], [problem], policy, reward, **GIVEN)
         for hook, model in ((ours, "policy"), (theirs, "reward")):
             forward, backward = (ledger.cost(0, model=model, direction=d) for d in ("forward", "backward"))
             assert forward.sequential == hook.forwards
@@ -88,8 +86,7 @@ def test_the_ledger_is_what_hooks_on_both_models_count(name: str, template: bool
 
 def test_backward_tokens_are_the_forwards():
     """In the optimisation phases, every forward that is differentiated has one backward over the same tokens."""
-    ledger = Ledger(4)
-    NABLA.decode(toys.problems(4), toys.policy(), toys.reward(), ledger)
+    _, ledger = toys.decode(NABLA, toys.problems(4), **GIVEN)
     for phase in ("probe", "dto"):
         for problem in range(4):
             for model in ("policy", "reward"):
@@ -150,7 +147,7 @@ def test_the_flops_of_a_rollout_agree_with_torchs_counter():
     ledger = Ledger(2)
     with FlopCounterMode(display=False) as counter:
         prefix = policy.prefill([[5, 6, 7, 8], [6, 5, 4, 3]], torch.arange(2), ledger)
-        drawn = policy.rollout(prefix, generators=None, max_new_tokens=6)
+        drawn = toys.greedy(policy, prefix, 6)
     assert drawn.mask.all()
     assert sum(ledger.cost(i).flops for i in range(2)) == pytest.approx(counter.get_total_flops(), rel=0.02)
     assert ledger.cost(0).tokens == 4 + 5  # the last token is never fed
@@ -160,11 +157,9 @@ def test_a_problems_account_does_not_depend_on_the_batch():
     """Calls, tokens, FLOPs and cached steps of each problem are the same alone and among others, padding excluded."""
     problems = toys.problems(6)
     for name, decoder in DECODERS.items():
-        together = Ledger(6)
-        decoder.decode(problems, toys.policy(), toys.reward(), together)
+        _, together = toys.decode(decoder, problems, **GIVEN)
         for index, problem in enumerate(problems):
-            alone = Ledger(1)
-            decoder.decode([problem], toys.policy(), toys.reward(), alone)
+            _, alone = toys.decode(decoder, [problem], **GIVEN)
             found, expected = together.table(index), alone.table(0)
             for row, other in zip(found, expected, strict=True):
                 assert row.pop("seconds") > 0 or row["calls"] == 0
@@ -176,8 +171,7 @@ def test_a_problems_account_does_not_depend_on_the_batch():
 
 def test_steps_served_from_the_cache_are_counted():
     """Cached steps and evaluations of the optimisation add up to its steps, and only evaluations cost passes."""
-    ledger, problems = Ledger(6), toys.problems(6)
-    results = NABLA.decode(problems, toys.policy(), toys.reward(), ledger)
+    results, ledger = toys.decode(NABLA, toys.problems(6), **GIVEN)
     for index, result in enumerate(results):
         counts = result.counts
         steps, evaluations = counts.get("dto_steps", 0), counts.get("dto_evaluations", 0)

@@ -25,9 +25,12 @@ from transformers import (
 
 from nabla_rl.data.problems import Problem
 from nabla_rl.data.tiny import SORTING, build_tokenizer
+from nabla_rl.decoding import AbstractDecoder, Decoded, Setting
 from nabla_rl.ledger import Ledger
 from nabla_rl.models.backbone import Prefix
-from nabla_rl.models.policy import Policy
+from nabla_rl.models.policy import Policy, Rollout
+from nabla_rl.models.sampling import Sampling
+from nabla_rl.rewards.base import AbstractReward
 from nabla_rl.rewards.sequence_classifier import SequenceClassifierReward
 
 VOCAB = 31
@@ -113,6 +116,29 @@ def policy() -> Policy:
 @cache
 def reward() -> SequenceClassifierReward:
     return SequenceClassifierReward(build_classifier(), tokenizer())
+
+
+@cache
+def models() -> tuple[Policy, SequenceClassifierReward]:
+    return policy(), reward()
+
+
+def decode(
+    decoder: AbstractDecoder,
+    asked: Sequence[Problem],
+    policy: Policy | None = None,
+    reward: AbstractReward | None = None,
+    **given,
+) -> tuple[list[Decoded], Ledger]:
+    """Answers, and the ledger that they are booked on; `given` is the rest of the setting."""
+    ours, theirs = models()
+    ledger = Ledger(len(asked))
+    return decoder.decode(asked, Setting(policy or ours, reward or theirs, ledger, **given)), ledger
+
+
+def greedy(policy: Policy, prefix: Prefix, length: int, **options) -> Rollout:
+    """The likeliest token at every position, `length` of them at most."""
+    return policy.rollout(prefix, Sampling(0.0, max_new_tokens=length), **options)
 
 
 def problems(n: int = 16) -> list[Problem]:

@@ -48,7 +48,7 @@ class AdapterConfig:
         self, *, at_least_one: Sequence[str] = (), positive: Sequence[str] = (), not_negative: Sequence[str] = ()
     ) -> None:
         """Refuse values out of range, those of further fields too, in the spelling of the command line."""
-        option = f"--model.{self.section}"
+        option = self.section
         for name in ("gradient_accumulation_steps", "max_steps", "logging_steps", "save_steps", *at_least_one):
             if getattr(self, name) < 1:
                 raise UserError(f"{option}.{name}", "at least 1", str(getattr(self, name)))

@@ -129,12 +129,13 @@ class AdapterTraining(L.LightningModule):
             finite = self.trainer.strategy.reduce_boolean_decision(finite, all=True)
         if finite:
             return
-        step, option = self.trainer.global_step + 1, f"--model.{self.settings.section}"
+        step, own = self.trainer.global_step + 1, self.settings
         raise UserError(
-            f"{option}.learning_rate",
+            f"{own.section}.learning_rate",
             f"a finite {what}",
             f"NaN or infinity at step {step}",
-            f"Lower it (now {self.settings.learning_rate}) or {option}.max_grad_norm; the last checkpoint is kept, and no weight has been touched since.",
+            f"Lower it (now {own.learning_rate}) or {{{own.section}.max_grad_norm}}; the last checkpoint is kept, "
+            "and no weight has been touched since.",
         )
 
     def merge_metrics(self) -> dict[str, float]:

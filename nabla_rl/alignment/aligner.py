@@ -28,7 +28,6 @@ from nabla_rl.alignment.rollouts import (
     Completions,
     MicroBatch,
     Rollouts,
-    build_search,
     check_search,
     interleave,
     reward_columns,
@@ -37,8 +36,9 @@ from nabla_rl.alignment.rollouts import (
     search_groups,
 )
 from nabla_rl.data.problems import Problem
-from nabla_rl.decoding.module import NablaOptions, check_lengths, in_role, load_reward
-from nabla_rl.decoding.presets import PREFIX_VALUES
+from nabla_rl.decoding.base import AbstractDecoder
+from nabla_rl.decoding.module import build_decoders, qualified_reward
+from nabla_rl.decoding.run import check_lengths
 from nabla_rl.functional.kl import kl_estimate, reverse_kl
 from nabla_rl.functional.logps import selective_log_softmax, sequence_logps
 from nabla_rl.functional.policy_gradient import (
@@ -50,7 +50,7 @@ from nabla_rl.functional.policy_gradient import (
 )
 from nabla_rl.models.adapters import LoraOptions, attach_adapter
 from nabla_rl.models.groups import group_logits
-from nabla_rl.models.loading import PolicyOptions, RewardOptions, load_policy, resolve_name
+from nabla_rl.models.loading import PolicyOptions, RewardOptions, load_policy, qualified, resolve_name
 from nabla_rl.models.policy import Policy
 from nabla_rl.rewards.base import AbstractReward, check_shared_vocabulary
 from nabla_rl.rewards.functions import (
@@ -62,43 +62,38 @@ from nabla_rl.rewards.functions import (
     reward_name,
     weigh_rewards,
 )
+from nabla_rl.rewards.loading import load_reward
 from nabla_rl.types import UserError
 
 EVALUATIONS = "evaluations.jsonl"
 FLAT_STEPS = 10
 """Steps in a row without a difference between the rewards of any group, after which the user is warned."""
 
-SEARCH = NablaOptions(loop="published", max_rollouts=4, edits=replace(PREFIX_VALUES, temperature=1.0))
-"""How ∇-Reasoner decodes what is trained on: the loop of DTO, and where edits are chosen instead, edits that differ
-from one completion of a group to the next."""
-
 
 class PolicyAligner(AdapterTraining):
     """Trains a LoRA adapter towards the tilted policy ρ* ∝ π exp(r/β), by policy gradients.
 
+    Completions of a search have no density that could be evaluated, so there are no importance weights: they are
+    off-policy data of weight 1, for RLOO with k1 alone. That keeps the fixed point. The return r - β log(π/π_ref) is
+    constant at ρ*, so every advantage is zero there, whatever drew the completions. `mixed` also draws all of them,
+    which a search need not.
+
     Args:
-        policy: the language model; its adapter is what trains, the reference is the same model without it.
-        reward: the learned judge, `judge` among the reward functions: the one that decoding climbs.
-        gold: a second judge that training never sees, to notice when the first one is being fooled.
-        algorithm: rloo (KL in the reward; its fixed point is ρ*) or grpo (KL in the loss, scaled advantages).
-        reward_funcs: judge, grader (right or wrong, by math-verify or to the letter), or dotted names of functions
-            with TRL's signature; their weighted sum is the reward.
-        kl_estimator: of the KL that trains: k1 (log π/π_ref of the token), k3 (never negative, less noisy), exact
-            (summed over the vocabulary at every position); auto: TRL's, k1 for rloo and k3 for grpo. All three have
-            the KL as their mean.
-        rollouts: sample (the policy's own completions), nabla (∇-Reasoner, decoding from the policy of the moment with
-            the judge and this β), or mixed (half of each group by either). A search's law has no density that could
-            be evaluated, so there are no importance weights: its completions are off-policy data of weight 1, for
-            RLOO with k1 alone. That keeps the fixed point: the return r - β log(π/π_ref) is constant at ρ*, so every
-            advantage is zero there, whatever drew the completions; mixed also draws all of them, which a search need
-            not.
-        nabla: how ∇-Reasoner decodes them: the loop of DTO (published), or edits.
-        stop_at_kl: stop once a step's mean KL per completion, in nats, exceeds this; null: never.
-        rl: the reinforcement learning, in TRL's words.
-        lora: the adapter, in PEFT's words.
-        eval_generations: completions of each held-out problem that the summary is measured on.
-        family: which embedded tiny models a bare name means.
-        seed: of every random number.
+        policy: Language model whose adapter trains; the reference is the same model without it.
+        reward: Learned reward model, `judge` among the reward functions.
+        gold: Second reward model that training never sees, for comparison; null is none.
+        algorithm: Algorithm: rloo (KL in the reward; its fixed point is ρ*) or grpo (KL in the loss).
+        reward_funcs: Reward functions: judge, grader, or dotted names with TRL's signature.
+        kl_estimator: Estimator of the KL that trains: k1, k3 or exact; auto is TRL's, k1 for rloo, k3 for grpo.
+        rollouts: Completions to train on: sample (the policy's own), search, or mixed (half of each group).
+        search: Name or class path of the decoder that searches.
+        stop_at_kl: Mean KL in nats per completion at which training stops; null is never.
+        rl: Settings of reinforcement learning, in TRL's words.
+        lora: Settings of the adapter, in PEFT's words.
+        eval_generations: Number of completions of each held-out problem in the summary.
+        family: Family of the embedded models that a bare name means.
+        seed: Random seed.
+        options: Decoders by their names, where they have options; own options of a reward by its kind's name.
     """
 
     files = ("metrics.jsonl", "completions.jsonl", EVALUATIONS)
@@ -107,18 +102,19 @@ class PolicyAligner(AdapterTraining):
         self,
         policy: PolicyOptions = PolicyOptions(),  # noqa: B008, frozen
         reward: RewardOptions = RewardOptions(),  # noqa: B008, frozen
-        gold: RewardOptions = RewardOptions(name="tiny-gold"),  # noqa: B008, frozen
+        gold: RewardOptions = RewardOptions(name=None),  # noqa: B008, frozen
         algorithm: Algorithm = "rloo",
         reward_funcs: list[str] = ["judge"],  # noqa: B006, not changed
         kl_estimator: KLEstimator = "auto",
         rollouts: Rollouts = "sample",
-        nabla: NablaOptions = SEARCH,
+        search: str = "nabla",
         stop_at_kl: float | None = None,
         rl: RLConfig = RLConfig(),  # noqa: B008, frozen
         lora: LoraOptions = LoraOptions(),  # noqa: B008, frozen
         eval_generations: int = 4,
         family: str = "sorting",
         seed: int = 0,
+        **options: Any,
     ):
         super().__init__(rl)
         check_options(
@@ -132,14 +128,17 @@ class PolicyAligner(AdapterTraining):
             stop_at_kl=stop_at_kl,
             eval_generations=eval_generations,
         )
+        (self.searcher,) = build_decoders([search], options).values()
         if rollouts != "sample":
-            check_search(nabla, rl)
-        self.rollouts, self.nabla = rollouts, nabla
-        self.options = {"policy": policy, "reward": reward, "gold": gold}
+            check_search(self.searcher, rl)
+        self.rollouts = rollouts
+        self.own = {name: value for name, value in options.items() if not isinstance(value, AbstractDecoder)}
+        self.policy_options = replace(policy, name=qualified(policy.name, family))
+        self.reward_options = {"reward": qualified_reward(reward, family), "gold": qualified_reward(gold, family)}
         self.algorithm: Algorithm = algorithm
         self.kl_estimator, self.stop_at_kl = chosen_estimator(algorithm, kl_estimator), stop_at_kl
         self.rl, self.lora, self.reward_names = rl, lora, reward_funcs
-        self.eval_generations, self.family, self.seed = eval_generations, family, seed
+        self.eval_generations, self.seed = eval_generations, seed
         self.data: Any = None
         self._judges: dict[str, AbstractReward | None] = {}  # in a dict: no part of this module's weights
         self.functions: list[RewardFunction] = []
@@ -151,25 +150,13 @@ class PolicyAligner(AdapterTraining):
 
     def prepare(self, device: torch.device, data: AlignmentData) -> None:
         """Load the models, put the adapter in and check that every held-out problem fits, before anything is done."""
-        policy = load_policy(self.options["policy"], family=self.family, device=device)  # pyright: ignore
         judges: dict[str, AbstractReward | None] = {}
-        for role in ("reward", "gold"):
-            if role == "reward" and "judge" not in self.reward_names:
-                continue
-            try:
-                judges[role] = load_reward(self.options[role], family=self.family, device=device, role=role)  # pyright: ignore
-                if judges[role] is not None:
-                    check_shared_vocabulary(policy.tokenizer, judges[role].tokenizer)  # pyright: ignore
-            except UserError as error:
-                raise UserError(in_role(str(error), role)) from error
-        for judge in (None, *judges.values()):
-            try:
-                check_lengths(data.held_out, policy, judge, self.rl.max_completion_length)
-            except UserError as error:
-                message = str(error).replace("--model.sampling.max_new_tokens", "--model.rl.max_completion_length")
-                raise UserError(message) from error
-        base = resolve_name(self.options["policy"].name, self.family)  # pyright: ignore
-        self.use(policy, data, judges, base_name=base)
+        policy = load_policy(self.policy_options, device=device)
+        for role, given in self.reward_options.items():
+            if role == "gold" or "judge" in self.reward_names:
+                own = self.own.get(given.kind.rpartition(".")[2])
+                judges[role] = load_reward(given, device=device, argument=role, own=own)
+        self.use(policy, data, judges, base_name=resolve_name(self.policy_options.name))
 
     def use(
         self,
@@ -180,7 +167,21 @@ class PolicyAligner(AdapterTraining):
         functions: Sequence[RewardFunction] | None = None,
         base_name: str | None = None,
     ) -> None:
-        """Train this policy, with these judges (`reward`, `gold`) or these reward functions."""
+        """Train this policy, with these reward models (`reward`, `gold`) or these reward functions.
+
+        Raises:
+            UserError: They cannot be used together, or a held-out problem does not fit them.
+        """
+        for role, judge in (judges or {}).items():
+            if judge is not None:
+                check_shared_vocabulary(policy.tokenizer, judge.tokenizer, argument=f"{role}.name")
+            check_lengths(
+                data.held_out, policy, judge, self.rl.max_completion_length, role=role,
+                setting="rl.max_completion_length",
+            )  # fmt: skip
+        if not judges:
+            longest = self.rl.max_completion_length
+            check_lengths(data.held_out, policy, None, longest, setting="rl.max_completion_length")
         self.policy, self.data, self._judges = policy, data, judges or {}
         self.adapter = attach_adapter(policy, self.lora, seed=self.seed, base_name=base_name)
         self.functions = list(functions or [self._reward_function(name) for name in self.reward_names])
@@ -247,16 +248,14 @@ class PolicyAligner(AdapterTraining):
         if self.flat_steps == FLAT_STEPS and (self._trainer is None or self.trainer.is_global_zero):
             print(  # noqa: T201
                 f"warning: expected rewards that differ within a group, found all equal for {FLAT_STEPS} steps: there "
-                "is nothing to learn from. Raise --model.rl.num_generations or --model.rl.temperature, or take "
+                "is nothing to learn from. Raise rl.num_generations or rl.temperature, or take "
                 "problems that are neither too hard nor too easy.",
                 file=sys.stderr,
             )
         if self.stop_at_kl is None or metrics["kl_sequence"] <= self.stop_at_kl:
             return False
         self.stopped_at = step
-        self.stopped = (
-            f"KL of {metrics['kl_sequence']:.3f} nats at step {step}, above --model.stop_at_kl {self.stop_at_kl}"
-        )
+        self.stopped = f"KL of {metrics['kl_sequence']:.3f} nats at step {step}, above stop_at_kl = {self.stop_at_kl}"
         return True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -324,14 +323,16 @@ class PolicyAligner(AdapterTraining):
     def rollout(self, problems: Sequence[Problem], prompts: Sequence[Sequence[int]], number: int) -> Completions:
         """`num_generations` completions of each problem; row G·i + j depends on (seed, draw, problem, j)."""
         size = self.rl.num_generations
-        drawn = {"sample": size, "nabla": 0, "mixed": size - size // 2}[self.rollouts]
+        drawn = {"sample": size, "search": 0, "mixed": size - size // 2}[self.rollouts]
         sampled = searched = None
         if drawn:
             key = (self.seed, "align", number)
             sampled = sample_groups(self.policy, problems, prompts, range(drawn), self.rl, self.ledger, key=key)
         if drawn < size:
-            decoder, judge = build_search(self.nabla, self.rl, self.seed), self._judges.get("reward")
-            searched, flops = search_groups(decoder, self.policy, judge, problems, range(drawn, size), number)
+            searched, flops = search_groups(
+                self.searcher, self.policy, self._judges.get("reward"), problems, range(drawn, size), number,
+                rl=self.rl, seed=self.seed,
+            )  # fmt: skip
             self.flops_before += flops
         if sampled is not None and searched is not None:
             return interleave(sampled, searched, len(problems), self.policy)

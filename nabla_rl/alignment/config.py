@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from nabla_rl.adapters.config import AdapterConfig
 from nabla_rl.functional.policy_gradient import LossType, ScaleRewards
+from nabla_rl.models.sampling import Sampling
 from nabla_rl.types import UserError
 
 Algorithm = Literal["rloo", "grpo"]
@@ -98,6 +99,11 @@ class RLConfig(AdapterConfig):
             raise UserError("rl.top_p", "a number in (0, 1]", str(self.top_p), "Use 1 for the law.")
 
     @property
+    def sampling(self) -> Sampling:
+        """How completions are drawn."""
+        return Sampling(self.temperature, self.top_p, self.max_completion_length)
+
+    @property
     def prompts_per_batch(self) -> int:
         """Groups in a process's batch."""
         return self.per_device_train_batch_size // self.num_generations
@@ -131,7 +137,7 @@ def check_options(
     """Refuse options that do not go together, in the spelling of the command line.
 
     `judge` is the name of the reward model, `adapter` that of one that is in the policy already, `searched` whether
-    completions are decoded by ∇-Reasoner.
+    completions come from a search.
     """
     if not reward_funcs:
         raise UserError("reward_funcs", "at least one", "none", "Use [judge].")
@@ -168,14 +174,14 @@ def check_options(
         raise UserError(
             "rollouts",
             "sample",
-            "nabla or mixed",
+            "search or mixed",
             "Completions that a search draws keep the fixed point with {algorithm} rloo, {kl_estimator} k1, "
             "{rl.beta} > 0 and {rl.num_iterations} 1.",
         )
     if stop_at_kl is not None:
         raise UserError(
             "stop_at_kl",
-            "null with ∇-Reasoner's rollouts",
+            "null with completions of a search",
             str(stop_at_kl),
             "Only the policy's own samples measure its KL: use {rl.eval_steps} to see it.",
         )

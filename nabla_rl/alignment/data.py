@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Literal, Self
 
 import lightning as L
 from torch.utils.data import IterableDataset
 
 from nabla_rl.adapters.training import epoch_order
 from nabla_rl.alignment.config import RLConfig
-from nabla_rl.data.module import ProblemData
-from nabla_rl.data.problems import Problem
+from nabla_rl.data.module import READERS, ProblemData
+from nabla_rl.data.problems import Grader, Problem
 from nabla_rl.data.tiny import generate
 from nabla_rl.types import UserError
 
@@ -21,15 +21,15 @@ class AlignmentData(L.LightningDataModule):
     """The problems of an alignment: those to train on, without end, and those held out.
 
     Args:
-        family: which tiny world: words or sorting. It also names the embedded models.
-        path: a JSONL file of your own to train on (fields problem, optional id and answer) instead of the tiny world.
-        eval_path: another one that is held out; null: every fifth problem of `path`, up to `eval_limit`.
-        eval_split: the tiny world's held-out problems.
-        eval_limit: held-out problems at most.
-        problem_seed: another draw of held-out problems.
-        answers: how answers are graded: boxed (math-verify) or exact. null: as the family does.
-        skip_bad: leave malformed lines out instead of refusing the file.
-        seed: of the training problems and their order.
+        family: Family of the tiny world: words or sorting; it also names the embedded models.
+        path: JSONL file of training problems (fields problem, id, answer); null is the tiny world.
+        eval_path: JSONL file of held-out problems; null is every fifth problem of `path`.
+        eval_split: Split of the tiny world that is held out.
+        eval_limit: Maximum number of held-out problems.
+        problem_seed: Seed of the draw of held-out problems from the tiny world.
+        answers: Reading of answers: boxed (math-verify) or exact; null is the family's.
+        skip_bad: Permission to leave malformed lines out instead of refusing the file.
+        seed: Random seed of the training problems and their order.
     """
 
     def __init__(
@@ -47,25 +47,61 @@ class AlignmentData(L.LightningDataModule):
         super().__init__()
         if eval_limit < 1:
             raise UserError("data.eval_limit", "at least 1", str(eval_limit))
-        self.seed, self.own = seed, None
+        self.seed = seed
+        self.own: list[Problem] | None = None
         held = ProblemData(family, eval_split, eval_limit, problem_seed, eval_path, answers, skip_bad)
         self.family, self.grade, self.held_out, self.notices = held.family, held.grade, held.problems, held.notices
-        self.notices = [notice.replace("--data.limit", "--data.eval_limit") for notice in self.notices]
+        self.extract = held.extract
         if path is None:
             return
         given = ProblemData(family, "test", sys.maxsize, 0, path, answers, skip_bad)
-        self.own, self.notices = given.problems, self.notices + given.notices
-        if eval_path is None:
-            self.held_out = self.own[4::5][:eval_limit]
+        self.notices = self.notices + given.notices
+        self.share(given.problems, self.held_out if eval_path is not None else None, eval_limit)
+
+    @classmethod
+    def of(
+        cls,
+        problems: Sequence[Problem] | None,
+        held_out: Sequence[Problem] | None = None,
+        *,
+        family: str | None = None,
+        eval_limit: int = 200,
+        grade: Grader | None = None,
+        seed: int = 0,
+    ) -> Self:
+        """The problems of a training that Python calls.
+
+        Args:
+            problems: What is trained on; None is the family's endless training problems.
+            held_out: What is measured on; None is every fifth of `problems`, or the family's test problems.
+            family: Family of the embedded policy; None for another one.
+            eval_limit: Maximum number of held-out problems.
+            grade: Says whether a completion is right; None is the family's, or math-verify.
+            seed: Random seed of the training problems and their order.
+        """
+        if problems is None and family is None:
+            raise UserError("problems", "problems to train on", "none", "Only embedded policies have their own.")
+        made = cls(family=family or "words", eval_limit=eval_limit, seed=seed)  # pyright: ignore
+        if family is None:
+            made.extract, made.grade = READERS["boxed"]
+        made.grade = grade or made.grade
+        made.share(None if problems is None else list(problems), held_out, eval_limit)
+        return made
+
+    def share(self, own: list[Problem] | None, held_out: Sequence[Problem] | None, limit: int) -> None:
+        """Take one's own problems to train on, and hold some out: those given, or every fifth."""
+        self.own = own
+        if held_out is not None:
+            self.held_out = list(held_out)[:limit]
+        elif own is not None:
+            self.held_out = own[4::5][:limit]
             kept = {problem.id for problem in self.held_out}
-            self.own = [problem for problem in self.own if problem.id not in kept]
-            if not self.held_out:
-                raise UserError(
-                    f"{path}",
-                    "at least 5 problems to hold some out",
-                    str(len(self.own)),
-                    "Pass {data.eval_path}, or more problems.",
-                )
+            self.own = [problem for problem in own if problem.id not in kept]
+        if not self.held_out:
+            raise UserError(
+                "problems", "at least 5 problems to hold some out", str(len(own or ())),
+                "Give more, or problems that are held out.",
+            )  # fmt: skip
 
     def training(self, draw: int, count: int) -> list[Problem]:
         """The `count` training problems of draw number `draw`, which depend on (seed, draw) alone.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,13 +69,10 @@ def _batch(
     rl, policy, n = module.rl, module.policy, module.eval_generations
     prompts = [policy.encode_prompt(problem.problem) for problem in problems]
     prefix = policy.prefill(prompts, torch.zeros(len(prompts), dtype=torch.int64), ledger)
-    greedy = policy.rollout(prefix, generators=None, max_new_tokens=rl.max_completion_length)
+    greedy = policy.rollout(prefix, replace(rl.sampling, temperature=0.0))
     rows = torch.arange(len(prompts), device=policy.device).repeat_interleave(n)
     generators = [seeded_generator(module.seed, "evaluate", p.id, j) for p in problems for j in range(n)]
-    drawn = policy.rollout(
-        prefix.select(rows), generators=generators, max_new_tokens=rl.max_completion_length,
-        temperature=rl.temperature, top_p=rl.top_p,
-    )  # fmt: skip
+    drawn = policy.rollout(prefix.select(rows), rl.sampling, generators)
     columns = reward_columns(policy, problems, drawn.ids, drawn.mask)
     grade = GraderReward(module.data.grade)
     named: dict[str, Tensor] = {"accuracy": compute_rewards([grade], **columns)[:, 0]}

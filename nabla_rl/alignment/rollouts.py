@@ -1,9 +1,9 @@
-"""Groups of completions to train on: the policy's own samples, ∇-Reasoner's, or both, and their rewards."""
+"""Groups of completions to train on: the policy's own samples, those of a search, or both, and their rewards."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -13,9 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from nabla_rl.adapters.training import trl_prompt
 from nabla_rl.alignment.config import RLConfig
 from nabla_rl.data.problems import Problem
-from nabla_rl.decoding import EditSearch, Nabla, Sampling
-from nabla_rl.decoding.base import AbstractDecoder
-from nabla_rl.decoding.presets import NablaOptions
+from nabla_rl.decoding.base import AbstractDecoder, Setting
 from nabla_rl.functional.seeding import seeded_generator
 from nabla_rl.ledger import Ledger
 from nabla_rl.models.policy import Policy
@@ -23,7 +21,7 @@ from nabla_rl.rewards.base import AbstractReward
 from nabla_rl.rewards.functions import Text
 from nabla_rl.types import UserError
 
-Rollouts = Literal["sample", "nabla", "mixed"]
+Rollouts = Literal["sample", "search", "mixed"]
 
 
 @dataclass
@@ -81,28 +79,15 @@ class Completions:
         return [row[kept].tolist() for row, kept in zip(self.ids, self.mask, strict=True)]
 
 
-def build_search(options: NablaOptions, rl: RLConfig, seed: int) -> AbstractDecoder:
-    """∇-Reasoner with these settings, at the temperature and the β of the training."""
-    sampling = Sampling(rl.temperature, rl.top_p, rl.max_completion_length)
-    if options.loop == "edits":
-        edits = dict(vars(options.edits))
-        drawn = replace(sampling, temperature=edits.pop("temperature"))
-        return EditSearch(**edits, beta=rl.beta, sampling=drawn, seed=seed, name="nabla")
-    own = {entry.name for entry in fields(Nabla)}
-    settings = {name: value for name, value in vars(options).items() if name in own}
-    return Nabla(**settings, beta=rl.beta, sampling=sampling, seed=seed)
-
-
-def check_search(options: NablaOptions, rl: RLConfig) -> None:
+def check_search(decoder: AbstractDecoder, rl: RLConfig) -> None:
     """Refuse a search that would find the same completion for a whole group."""
-    if options.loop == "edits" and options.edits.temperature == 0:
+    if decoder.is_deterministic(rl.sampling):
         raise UserError(
-            "nabla.edits.temperature",
-            "a positive number for rollouts to train on",
-            "0: all completions of a group would be the same one",
-            "Use 1.",
+            "search",
+            "a search whose completions of a group differ",
+            f"{decoder.name}, which always answers alike with these options",
+            "For {search} edit_search pass {edit_search.temperature} 1.",
         )
-    build_search(options, rl, 0)
 
 
 @torch.no_grad()
@@ -121,10 +106,8 @@ def sample_groups(
     rows = torch.arange(len(prompts), device=policy.device).repeat_interleave(len(indices))
     drawn = policy.rollout(
         prefix.select(rows),
-        generators=[seeded_generator(*key, problem.id, j) for problem in problems for j in indices],
-        max_new_tokens=rl.max_completion_length,
-        temperature=rl.temperature,
-        top_p=rl.top_p,
+        rl.sampling,
+        [seeded_generator(*key, problem.id, j) for problem in problems for j in indices],
     )
     return Completions(drawn.ids, drawn.mask, drawn.finished)
 
@@ -136,12 +119,16 @@ def search_groups(
     problems: Sequence[Problem],
     indices: Sequence[int],
     number: int,
+    *,
+    rl: RLConfig,
+    seed: int,
 ) -> tuple[Completions, float]:
-    """∇-Reasoner's completions, each with random numbers of its own, and the FLOPs that they cost."""
+    """A search's completions, each with random numbers of its own, and the FLOPs that they cost."""
     asked = [replace(problem, id=f"{problem.id}/{number}/{j}") for problem in problems for j in indices]
     ledger = Ledger(len(asked))
     with torch.enable_grad():
-        found = decoder.decode(asked, policy, judge, ledger)
+        setting = Setting(policy, judge, ledger, beta=rl.beta, sampling=rl.sampling, seed=seed)
+        found = decoder.decode(asked, setting)
     completions = Completions.of([one.ids for one in found], [one.finished for one in found], policy)
     return completions, sum(ledger.cost(index).flops for index in range(len(asked)))
 

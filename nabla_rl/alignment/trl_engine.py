@@ -167,7 +167,7 @@ def not_finite(module: PolicyAligner, what: str, step: int) -> UserError:
         "rl.learning_rate",
         f"finite {what}",
         f"NaN or infinity after step {step}",
-        f"Lower it (now {module.rl.learning_rate}); the last checkpoint is kept, and no weight has been touched since.",
+        f"Lower it (now {module.rl.learning_rate}); the last checkpoint is kept, and no weight was touched since.",
     )
 
 

@@ -243,6 +243,7 @@ class VerbCLI(LightningCLI):
         verb: The command's name.
         owner: The section that has policy, reward model and decoders.
         names_decoders: The option of that section that names decoders.
+        beta_option: The option that β comes from.
         precisions: What --trainer.precision may be.
         description: What --help begins with.
     """
@@ -250,6 +251,7 @@ class VerbCLI(LightningCLI):
     verb: ClassVar[str]
     owner: ClassVar[str] = "model"
     names_decoders: ClassVar[str] = "decoders"
+    beta_option: ClassVar[str] = "model.beta"
     precisions: ClassVar[tuple[Any, ...]] = FULL_PRECISION
     description: ClassVar[str] = ""
 
@@ -331,7 +333,7 @@ class VerbCLI(LightningCLI):
                 self.decoders[kind.name] = kind
         for name, kind in self.decoders.items():
             parser.add_class_arguments(kind, f"{section}.{name}")
-        parser.link_arguments(f"{section}.beta", f"{section}.nabla.dto.beta")
+        parser.link_arguments(self.beta_option, f"{section}.nabla.dto.beta")
         for role in ("reward", "gold"):
             given = self.seen.get(f"{section}.{role}.kind")
             if isinstance(given, str) and given not in REWARDS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from nabla_rl.data.module import ProblemData
 from nabla_rl.decoding.module import DecodingModule, chosen_decoders
 from nabla_rl.decoding.run import check_same_problems
 from nabla_rl.models.loading import RewardOptions
-from nabla_rl.report import format_table, write_report
-from nabla_rl.report.summary import acceleration_shares, summarise
+from nabla_rl.report.decoded import finish
+from nabla_rl.report.table import counted, format_table
 from nabla_rl.run_folder import RunFolder
 
 
@@ -60,11 +60,11 @@ def run(cli: VerbCLI) -> int:
         tell([cli.note], "note")
         tell(data.notices)
     trainer.callbacks.append(DecodingProgress(data, [(None, module)]))  # pyright: ignore
-    predict(trainer, module, data, partial(finish, module, data, folder))
+    predict(trainer, module, data, partial(conclude, module, data, folder))
     return 0
 
 
-def predict(trainer: Trainer, module: DecodingModule, data: ProblemData, conclude: Any) -> None:
+def predict(trainer: Trainer, module: DecodingModule, data: ProblemData, conclude: Callable[[Console], Any]) -> None:
     """Run to the end, or to an interruption, and conclude with what there is."""
     try:
         with terminable():
@@ -82,27 +82,13 @@ def predict(trainer: Trainer, module: DecodingModule, data: ProblemData, conclud
         conclude(wide_console())
 
 
-def finish(module: DecodingModule, data: ProblemData, folder: RunFolder, console: Console) -> dict[str, Any]:
-    """Merge the results and write the summary and the page; print the table.
-
-    The table and the summary of a run that ended early have the problems that every decoder has finished.
-    """
-    results = folder.merge([problem.id for problem in data.problems], module.decoder_names)
-    finished = [p.id for p in data.problems if all((p.id, name) in folder.rows for name in module.decoder_names)]
-    kept = set(finished)
-    results = [row for row in results if row["id"] in kept]
-    summary: dict[str, Any] = {
-        "problems": len(finished),
-        "seed": module.seed,
-        "rows": summarise(results, module.decoder_names),
-        "accelerations": acceleration_shares(results),
-        "peak_memory_mb": peak_memory_mb(module.device),
-    }
-    folder.write_json("summary.json", summary)
-    write_report(folder.path / "report.html", f"decode: {folder.path.name}", summary["rows"], results)
+def conclude(module: DecodingModule, data: ProblemData, folder: RunFolder, console: Console) -> dict[str, Any]:
+    """Write the summary and the page; print the table."""
+    more = {"seed": module.seed, "peak_memory_mb": peak_memory_mb(module.device)}
+    summary = finish(folder, [problem.id for problem in data.problems], module.decoder_names, more=more)
     where = data.path or f"{data.family.name}, {data.split} split"
-    total = len(data.problems)
-    count = f"{total} problems" if len(finished) == total else f"the {len(finished)} finished of {total} problems"
+    total, done = len(data.problems), summary["problems"]
+    count = counted(total, "problem") if done == total else f"the {done} finished of {counted(total, 'problem')}"
     console.print(format_table(summary["rows"], title=f"{count} ({where}); costs per problem"))
     console.print(f"results in {Path(folder.path)}/ (results.jsonl, summary.json, report.html)", highlight=False)
     return summary

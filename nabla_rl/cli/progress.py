@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
@@ -41,6 +42,32 @@ class TrainingProgress(RichProgressBar):
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "training"
+
+
+class DecodingBar:
+    """A bar on standard error for stages that decode outside a Lightning loop."""
+
+    def __init__(self) -> None:
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            console=Console(stderr=True), transient=True,
+        )  # fmt: skip
+        self.tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> DecodingBar:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.bar.stop()
+
+    def show(self, what: str, done: int, total: int) -> None:
+        """So many problems are decoded of so many."""
+        self.bar.start()
+        if what not in self.tasks:
+            self.tasks[what] = self.bar.add_task(f"decoding: {what}", total=total)
+        self.bar.update(self.tasks[what], completed=done)
+        if done >= total:
+            self.bar.stop()  # the training's own bar comes next
 
 
 class DecodingProgress(L.Callback):

@@ -74,9 +74,7 @@ class ProblemData(L.LightningDataModule):
         check_unique(problems)
         self.notices = [f"left out: {complaint}" for complaint in complaints]
         if self.limit is not None and len(problems) > self.limit:
-            self.notices.append(
-                f"left out: all but the first {self.limit} of {len(problems)} problems (--data.limit)."
-            )
+            self.notices.append(f"left out: all but the first {self.limit} of {len(problems)} problems (data.limit).")
         return problems[: self.limit]
 
     def predict_dataloader(self) -> DataLoader:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nabla_rl.functional.relaxation import hard_tokens
+from nabla_rl.functional.relaxation import SoftTokens
 from nabla_rl.functional.support import build_support
 from nabla_rl.models.backbone import Backbone, Prefix
 from nabla_rl.models.policy import Policy
@@ -37,28 +37,30 @@ class Objective:
     support: Tensor | None
     hard: bool
 
-    def log_probs(self, token_probs: Tensor, rows: Tensor) -> Tensor:
+    def log_probs(self, tokens: SoftTokens, rows: Tensor) -> Tensor:
         """log π(· | x, y_<i) on the support, (active, length, k), zero beyond the longest row: a `LogProbsFn`."""
-        mask, probs, others = self._cut(token_probs, rows)
-        log_probs = self.policy.completion_log_probs(_take(self.policy_prefix, rows), probs, mask, **others)
-        missing = token_probs.shape[1] - mask.shape[1]
+        mask, part, support = self._cut(tokens, rows)
+        log_probs = self.policy.completion_log_probs(_take(self.policy_prefix, rows), part, mask, support=support)
+        missing = tokens.probs.shape[1] - mask.shape[1]
         return torch.nn.functional.pad(log_probs, (0, 0, 0, missing)) if missing else log_probs
 
-    def rewards(self, token_probs: Tensor, rows: Tensor) -> Tensor:
+    def rewards(self, tokens: SoftTokens, rows: Tensor) -> Tensor:
         """r(x, y), (active,): a `RewardFn`."""
-        mask, probs, others = self._cut(token_probs, rows)
-        return self.reward(_take(self.reward_prefix, rows), probs, mask, **others)
+        mask, part, support = self._cut(tokens, rows)
+        return self.reward(_take(self.reward_prefix, rows), part, mask, support=support)
 
-    def _cut(self, token_probs: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
-        """Mask, probabilities, support and tokens of some rows, without positions that are padding in all of them."""
+    def _cut(self, tokens: SoftTokens, rows: Tensor) -> tuple[Tensor, SoftTokens, Tensor | None]:
+        """Mask, tokens (with ids of the vocabulary) and support of some rows, without positions that are padding in
+        all of them."""
         mask = self.mask[rows]
         width = max(1, int(mask.sum(-1).max()))
         support = None if self.support is None else self.support[rows, :width]
-        tokens = hard_tokens(token_probs)[:, :width] if self.hard else None
-        if tokens is not None and support is not None:
-            tokens = _lookup(support, tokens)
-        probs = token_probs if width == mask.shape[1] else token_probs[:, :width]
-        return mask[:, :width], probs, {"support": support, "tokens": tokens}
+        ids = tokens.hard()[:, :width] if self.hard else None
+        if ids is not None and support is not None:
+            ids = _lookup(support, ids)
+        if width == mask.shape[1]:
+            return mask, tokens._replace(ids=ids), support
+        return mask[:, :width], SoftTokens(tokens.probs[:, :width], ids), support
 
 
 def _take(prefix: Prefix, rows: Tensor) -> Prefix:
@@ -121,14 +123,14 @@ def gradient_candidates(
     ones, support = torch.ones_like(ids, dtype=torch.float32)[..., None].requires_grad_(), ids[..., None]
     with objective.policy.backbone.capture_input_gradients() as captured:
         log_probs = objective.policy.completion_log_probs(
-            objective.policy_prefix, ones, objective.mask, support=support, tokens=ids
+            objective.policy_prefix, SoftTokens(ones, ids), objective.mask, support=support
         )
         if log_probs.requires_grad:
             torch.autograd.grad(log_probs.squeeze(-1).masked_fill(~objective.mask, 0.0).sum(), ones)
     policy_grad = _pad_to(ids, captured)
     judge = reward_backbone(objective.reward)
     with judge.capture_input_gradients() as captured:
-        reward = objective.reward(objective.reward_prefix, ones, objective.mask, support=support, tokens=ids)
+        reward = objective.reward(objective.reward_prefix, SoftTokens(ones, ids), objective.mask, support=support)
         torch.autograd.grad(reward.sum(), ones)
     reward_grad = _pad_to(ids, captured)
     best = []

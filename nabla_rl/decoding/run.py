@@ -43,7 +43,7 @@ from nabla_rl.models.loading import PolicyOptions, RewardOptions, is_embedded, l
 from nabla_rl.models.policy import Policy
 from nabla_rl.models.prompts import encode_judged
 from nabla_rl.models.sampling import Sampling
-from nabla_rl.report.summary import summarise
+from nabla_rl.report.decoded import finish
 from nabla_rl.rewards.base import AbstractReward, check_shared_vocabulary
 from nabla_rl.rewards.likelihood import LikelihoodReward
 from nabla_rl.rewards.loading import load_reward
@@ -323,18 +323,10 @@ def _into_folder(
         fresh |= {result.problem_id: result for result in results}
         seconds = (time.perf_counter() - start) / len(batch)
         folder.append(job.lines_of(results, ledger, seconds=seconds, name=decoder.name, config=folder.config_hash))
-    finish(folder, [problem.id for problem in problems], [decoder.name], described=described)
+    finish(folder, [problem.id for problem in problems], [decoder.name], more={"seed": job.seed})
     return [
         fresh.get(problem.id) or decoded_of(folder.rows[problem.id, decoder.name], problem) for problem in problems
     ]
-
-
-def finish(folder: RunFolder, ids: Sequence[str], names: Sequence[str], *, described: Row) -> Row:
-    """Merge the results and write the summary."""
-    results = folder.merge(list(ids), list(names))
-    summary = {"problems": len(ids), "seed": described["seed"], "rows": summarise(results, list(names))}
-    folder.write_json("summary.json", summary)
-    return summary
 
 
 def described_job(job: Job, decoder: AbstractDecoder) -> Row:

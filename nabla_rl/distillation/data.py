@@ -23,19 +23,19 @@ class DistillationData(AlignmentData):
     """What the teacher answers, and what the student is measured on.
 
     Args:
-        limit: training problems that the teacher decodes.
-        results: results.jsonl of decode runs (or their folders) to learn from, in place of decoding.
-        filters: which answers are learned from.
-        validation_limit: problems that the best weights are chosen by; 0: the last weights are kept.
-        family: which tiny world: words or sorting. It also names the embedded models.
-        path: a JSONL file of your own (fields problem, optional id and answer) instead of the tiny world.
-        eval_path: another one that is held out; null: every fifth problem of `path`, up to `eval_limit`.
-        eval_split: the tiny world's held-out problems.
-        eval_limit: held-out problems at most.
-        problem_seed: another draw of held-out problems.
-        answers: how answers are graded: boxed (math-verify) or exact. null: as the family does.
-        skip_bad: leave malformed lines out instead of refusing the file.
-        seed: of the training problems and the order of the rows.
+        limit: Maximum number of training problems that the teacher decodes.
+        results: Folders or results.jsonl of decode runs to learn from, in place of decoding; null decodes.
+        filters: Filters of the answers that are learned from.
+        validation_limit: Number of problems that the best weights are chosen by; 0 keeps the last weights.
+        family: Family of the tiny world: words or sorting; it also names the embedded models.
+        path: JSONL file of problems (fields problem, id, answer); null is the tiny world.
+        eval_path: JSONL file of held-out problems; null is every fifth problem of `path`.
+        eval_split: Split of the tiny world that is held out.
+        eval_limit: Maximum number of held-out problems.
+        problem_seed: Seed of the draw of held-out problems from the tiny world.
+        answers: Reading of answers: boxed (math-verify) or exact; null is the family's.
+        skip_bad: Permission to leave malformed lines out instead of refusing the file.
+        seed: Random seed of the training problems and the order of the rows.
     """
 
     def __init__(
@@ -72,6 +72,11 @@ class DistillationData(AlignmentData):
         # results of decode runs say nothing of where their problems come from: the tiny world's are told by their key
         tiny = None if path is not None else family
         self.refused = HeldOut([p.problem for p in (*self.held_out, *self.validation)], tiny)
+
+    def learn_from(self, *, filters: Filters, validation: Sequence[Problem]) -> None:
+        """Answer one's own problems, filter them so, and choose the best weights on `validation`."""
+        self.filters, self.validation, self.problems = filters, list(validation), self.own or []
+        self.refused = HeldOut([p.problem for p in (*self.held_out, *self.validation)], self.family.name)
 
     def to_decode(self, problems: Sequence[Problem], batch_size: int = 64) -> ProblemData:
         """Some of the problems, as the decode command has them."""

@@ -6,6 +6,7 @@ The module encodes rows of text, scores them and hands tensors to the losses in 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from nabla_rl.adapters.training import AdapterTraining
 from nabla_rl.data.problems import Problem
-from nabla_rl.decoding.module import check_lengths
+from nabla_rl.decoding.run import check_lengths
 from nabla_rl.distillation.config import DistillConfig
 from nabla_rl.distillation.data import Batches, DistillationData
 from nabla_rl.distillation.rows import Method, Row
@@ -24,8 +25,9 @@ from nabla_rl.functional.distillation import Direction, dpo_loss, sft_loss, soft
 from nabla_rl.functional.logps import compute_entropy, selective_log_softmax, sequence_logps
 from nabla_rl.models.adapters import LoraOptions, attach_adapter
 from nabla_rl.models.groups import group_logits
-from nabla_rl.models.loading import PolicyOptions, load_policy, resolve_name
+from nabla_rl.models.loading import PolicyOptions, load_policy, qualified, resolve_name
 from nabla_rl.models.policy import Policy
+from nabla_rl.models.sampling import Sampling
 from nabla_rl.types import UserError
 
 
@@ -33,17 +35,15 @@ class PolicyDistiller(AdapterTraining):
     """Trains a LoRA adapter of a student on what a teacher decoded.
 
     Args:
-        policy: the student: the teacher's own policy, or a lighter one.
-        method: sft (likelihood of accepted completions), preference (DPO, the first rollout against the answer), soft
-            (KL to the tilted next-token laws along the answer), or weighted (likelihood of all rollouts of a prompt
-            with weights exp(r/β)/Z).
-        kl: of soft targets: forward, KL(target‖student), or reverse.
-        alternatives: the teacher's likeliest tokens that soft targets are over.
-        training: the training, in TRL's words.
-        lora: the adapter, in PEFT's words.
-        max_completion_length: tokens at most in an answer of the student.
-        family: which embedded tiny models a bare name means.
-        seed: of every random number.
+        policy: Student: the teacher's own policy, or a lighter one.
+        method: Way to learn: sft, preference (DPO), soft (KL to tilted next tokens), or weighted (by exp(r/β)).
+        kl: Direction of the KL to soft targets: forward, KL(target‖student), or reverse.
+        alternatives: Number of the teacher's likeliest tokens that soft targets are over.
+        training: Settings of the training, in TRL's words.
+        lora: Settings of the adapter, in PEFT's words.
+        max_completion_length: Maximum tokens of an answer of the student; null is its own setting, or 512.
+        family: Family of the embedded models that a bare name means.
+        seed: Random seed.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class PolicyDistiller(AdapterTraining):
         alternatives: int = 8,
         training: DistillConfig = DistillConfig(),  # noqa: B008, frozen
         lora: LoraOptions = LoraOptions(),  # noqa: B008, frozen
-        max_completion_length: int = 88,
+        max_completion_length: int | None = None,
         family: str = "sorting",
         seed: int = 0,
     ):
@@ -70,13 +70,13 @@ class PolicyDistiller(AdapterTraining):
             ("alternatives", alternatives, 2),
             ("max_completion_length", max_completion_length, 1),
         ):
-            if value < low:
+            if value is not None and value < low:
                 raise UserError(f"{name}", f"at least {low}", str(value))
-        self.options, self.alternatives = policy, alternatives
+        self.options, self.alternatives = replace(policy, name=qualified(policy.name, family)), alternatives
         self.method: Method = method
         self.direction: Direction = kl
-        self.training_config, self.lora, self.family, self.seed = training, lora, family, seed
-        self.max_completion_length = max_completion_length
+        self.training_config, self.lora, self.seed = training, lora, seed
+        self.max_completion_length, self.longest = max_completion_length, 0
         self.data: Any = None
         self.rows: list[Row] = []
         self.best: dict[str, Any] | None = None
@@ -84,17 +84,17 @@ class PolicyDistiller(AdapterTraining):
 
     def prepare(self, device: torch.device, data: DistillationData) -> None:
         """Load the student and put the adapter in, and check that the held-out problems fit."""
-        policy = load_policy(self.options, family=self.family, device=device)
-        for problems in (data.held_out, data.validation):
-            try:
-                check_lengths(problems, policy, None, self.max_completion_length)
-            except UserError as error:
-                message = str(error).replace("--model.sampling.max_new_tokens", "--model.max_completion_length")
-                raise UserError(message) from error
-        self.use(policy, data, base_name=resolve_name(self.options.name, self.family))
+        self.use(load_policy(self.options, device=device), data, base_name=resolve_name(self.options.name))
 
     def use(self, policy: Policy, data: Any, *, base_name: str | None = None) -> None:
-        """Train this policy's adapter."""
+        """Train this policy's adapter.
+
+        Raises:
+            UserError: A held-out problem does not fit it.
+        """
+        self.longest = self.max_completion_length or policy.max_new_tokens
+        for problems in (data.held_out, data.validation):
+            check_lengths(problems, policy, None, self.longest, setting="max_completion_length")
         self.policy, self.data = policy, data
         self.adapter = attach_adapter(policy, self.lora, seed=self.seed, base_name=base_name)
 
@@ -266,7 +266,7 @@ class PolicyDistiller(AdapterTraining):
                 part = problems[start : start + batch_size]
                 prompts = [self.policy.encode_prompt(problem.problem) for problem in part]
                 prefix = self.policy.prefill(prompts, torch.zeros(len(part), dtype=torch.int64), self.ledger)
-                drawn = self.policy.rollout(prefix, generators=None, max_new_tokens=self.max_completion_length)
+                drawn = self.policy.rollout(prefix, Sampling(0.0, 1.0, self.longest))
                 texts = [
                     self.policy.decode(ids[kept].tolist()) for ids, kept in zip(drawn.ids, drawn.mask, strict=True)
                 ]

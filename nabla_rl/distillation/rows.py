@@ -29,14 +29,14 @@ NGRAM = 13
 """Words in a row that a training prompt may not share with a held-out one (Brown et al., 2020, Appendix C)."""
 FIELDS = ("id", "decoder", "prompt", "completion", "rollouts", "reward", "correct", "finished", "cost")
 ADVICE = {
-    "unfinished": "Raise --teacher.sampling.max_new_tokens.",
-    "reward": "Lower --data.filters.min_reward, or leave reward out of --data.filters.accept.",
-    "verifier": "Leave verifier out of --data.filters.accept, or take easier problems.",
-    "agreement": "Lower --data.filters.min_agreement, or leave agreement out of --data.filters.accept.",
+    "unfinished": "Raise {teacher.sampling.max_new_tokens}.",
+    "reward": "Lower {data.filters.min_reward}, or leave reward out of {data.filters.accept}.",
+    "verifier": "Leave verifier out of {data.filters.accept}, or take easier problems.",
+    "agreement": "Lower {data.filters.min_agreement}, or leave agreement out of {data.filters.accept}.",
     "contaminated": "Take problems that are not held out.",
     "duplicate": "Take more problems.",
-    "unchanged": "Take problems on which the first rollout fails, or --model.method sft.",
-    "not_preferred": "Take problems on which the decoder improves its first rollout, or --model.method sft.",
+    "unchanged": "Take problems on which the first rollout fails, or {method} sft.",
+    "not_preferred": "Take problems on which the decoder improves its first rollout, or {method} sft.",
 }
 
 
@@ -45,11 +45,11 @@ class Filters:
     """Which answers are worth learning from."""
 
     accept: list[Accept] = field(default_factory=lambda: ["reward"])
-    """What an answer must pass: reward (the judge's), verifier (it is right), agreement (of the rollouts tried)."""
+    """Tests that an answer must pass: reward, verifier (it is right), agreement (of the rollouts tried)."""
     min_reward: float = 0.0
-    """Smallest reward; of a judge that gives log-odds, 0 is an even chance of being right."""
+    """Least reward; 0 is an even chance of being right where rewards are log-odds."""
     min_agreement: float = 0.5
-    """Smallest share of the rollouts with the same final answer."""
+    """Least share of the rollouts with the same final answer."""
 
     def __post_init__(self) -> None:
         """Check the values in the spelling of the command line."""
@@ -104,7 +104,7 @@ def read_results(paths: Sequence[str | Path], decoder: str | None = None) -> lis
         what = f"answers of {decoder}" if found else "at least one result"
         raise UserError(
             "data.results",
-            f"{what}",
+            what,
             f"{', '.join(found) or 'none'} in {', '.join(map(str, paths))}",
             "Decode first, or set {teacher.decoders}.",
         )
@@ -271,7 +271,7 @@ def check_not_empty(rows: Sequence[Row], counts: Mapping[str, int]) -> None:
         "data",
         "answers to learn from",
         f"none of {counts['read']} left: the filter `{worst}` took {taken[worst]} ({rest})",
-        f"{ADVICE[worst]}.",
+        ADVICE[worst],
     )
 
 

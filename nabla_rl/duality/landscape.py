@@ -95,27 +95,27 @@ class Landscape:
         of_logps, of_rewards = self.gradients(index)
         return -of_logps - of_rewards / beta
 
-    def log_probs_fn(self, token_probs: Tensor, rows: Tensor) -> Tensor:
+    def log_probs_fn(self, tokens: F.SoftTokens, rows: Tensor) -> Tensor:
         """The policy as `nabla_rl.dto` and the samplers see it, at one-hot tokens: a `LogProbsFn`.
 
         The gradient of later tokens is carried by the last position as a summand of value zero.
         """
         del rows
-        index = self.space.index(F.hard_tokens(token_probs))
+        index = self.space.index(tokens.hard())
         log_probs = self.next_log_probs(index)
-        if not token_probs.requires_grad or not torch.is_grad_enabled():
+        if not tokens.probs.requires_grad or not torch.is_grad_enabled():
             return log_probs
         postfix = self.gradients(index)[0] - log_probs
-        change = ((token_probs - token_probs.detach()) * postfix).sum((1, 2))
+        change = ((tokens.probs - tokens.probs.detach()) * postfix).sum((1, 2))
         return torch.cat([log_probs[:, :-1], log_probs[:, -1:] + change[:, None, None]], 1)
 
-    def reward_fn(self, token_probs: Tensor, rows: Tensor) -> Tensor:
+    def reward_fn(self, tokens: F.SoftTokens, rows: Tensor) -> Tensor:
         """The reward likewise: a `RewardFn`."""
         del rows
-        index = self.space.index(F.hard_tokens(token_probs))
-        if not token_probs.requires_grad or not torch.is_grad_enabled():
+        index = self.space.index(tokens.hard())
+        if not tokens.probs.requires_grad or not torch.is_grad_enabled():
             return self.rewards[index]
-        change = ((token_probs - token_probs.detach()) * self.gradients(index)[1]).sum((1, 2))
+        change = ((tokens.probs - tokens.probs.detach()) * self.gradients(index)[1]).sum((1, 2))
         return self.rewards[index] + change
 
 

@@ -31,11 +31,10 @@ from nabla_rl.functional.policy_gradient import (
 from nabla_rl.functional.relaxation import (
     RELAXATIONS,
     Relaxation,
+    SoftTokens,
     argmax,
     follow_argmax,
-    gradient_sum,
     gumbel_softmax,
-    hard_tokens,
     one_hot,
     one_hot_argmax,
     sample_gumbel,
@@ -57,6 +56,7 @@ from nabla_rl.functional.update_rules import (
 )
 
 __all__ = [
+    "SoftTokens",
     "IMPOSSIBLE_LOGP",
     "EnergyGradient",
     "RELAXATIONS",
@@ -81,9 +81,7 @@ __all__ = [
     "group_relative_advantages",
     "grpo_loss",
     "follow_argmax",
-    "gradient_sum",
     "gumbel_softmax",
-    "hard_tokens",
     "kl_estimate",
     "kl_step_size",
     "last_valid_index",

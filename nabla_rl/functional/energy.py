@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nabla_rl.functional.logps import pick, sequence_logps, upcast
+from nabla_rl.functional.relaxation import SoftTokens
 from nabla_rl.types import LogProbsFn, RewardFn
 
 IMPOSSIBLE_LOGP = -1e4
@@ -152,7 +153,7 @@ def energy_gradient(
         reward: Whether it has the reward piece.
         record: Whether to take a gradient at all. False: forward passes only, and ``gradient`` is None.
         tokens: Where ``token_probs`` is known to be one-hot: look-ups then take the place of products, and the
-            callables find them by :func:`nabla_rl.functional.relaxation.hard_tokens`.
+            callables find them as ``SoftTokens.ids``.
 
     Returns:
         Energy, reward, log-probability and gradient of the given rows.
@@ -162,8 +163,8 @@ def energy_gradient(
 
     Example:
         >>> y, mask, rows = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[True]]), torch.tensor([0])
-        >>> log_probs_fn = lambda token_probs, rows: torch.tensor([[[0.5, 0.5]]]).log()
-        >>> reward_fn = lambda token_probs, rows: token_probs[:, 0, 1]  # wants token 1
+        >>> log_probs_fn = lambda tokens, rows: torch.tensor([[[0.5, 0.5]]]).log()
+        >>> reward_fn = lambda tokens, rows: tokens.probs[:, 0, 1]  # wants token 1
         >>> energy_gradient(y, mask, rows, log_probs_fn, reward_fn, beta=0.5).gradient
         tensor([[[ 0.6931, -1.3069]]])
 
@@ -172,10 +173,8 @@ def energy_gradient(
     """
     shape, gradient = tuple(token_probs.shape), None
     probs = token_probs.detach().requires_grad_(record)
-    if tokens is not None:
-        probs.hard_tokens = tokens  # pyright: ignore  # for `hard_tokens`
     with torch.set_grad_enabled(record and postfix):
-        log_probs = log_probs_fn(probs, rows)
+        log_probs = log_probs_fn(SoftTokens(probs, tokens), rows)
     if log_probs.shape != shape:
         raise ValueError(f"`log_probs_fn` must return shape {shape}, got {tuple(log_probs.shape)}.")
     with torch.set_grad_enabled(record):
@@ -192,10 +191,8 @@ def energy_gradient(
     del log_probs
     rewards, rewarded = torch.zeros_like(logps), record and reward and beta < float("inf")
     if reward_fn is not None:
-        if gradient is not None and rewarded:
-            probs.gradient_sum = gradient  # pyright: ignore  # for `gradient_sum`
         with torch.set_grad_enabled(rewarded):
-            rewards = reward_fn(probs, rows)
+            rewards = reward_fn(SoftTokens(probs, tokens, gradient if rewarded else None), rows)
         if rewards.shape != shape[:1]:
             raise ValueError(f"`reward_fn` must return shape {shape[:1]}, got {tuple(rewards.shape)}.")
         if rewarded and not rewards.requires_grad:

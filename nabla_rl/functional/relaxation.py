@@ -83,40 +83,28 @@ def one_hot(index: Int[Tensor, "*batch"], like: Float[Tensor, "*batch vocab"]) -
     return torch.zeros_like(like, requires_grad=False).scatter_(-1, index.unsqueeze(-1), 1.0)
 
 
-def hard_tokens(token_probs: Float[Tensor, "*batch vocab"]) -> Int[Tensor, "*batch"]:
-    """The indices of one-hot vectors; without a search where they are remembered.
-
-    :func:`nabla_rl.functional.energy.energy_gradient` leaves the indices that it is given on the tensor that it hands
-    to the models, as ``token_probs.hard_tokens``. Any other tensor is searched.
-
-    Args:
-        token_probs: One-hot vectors.
-
-    Returns:
-        Indices, int64, shape ``(*batch,)``.
+class SoftTokens(NamedTuple):
+    """Relaxed tokens, as the policy and the reward are handed them.
 
     Example:
-        >>> hard_tokens(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+        >>> SoftTokens(torch.tensor([[0.0, 1.0], [1.0, 0.0]])).hard()
         tensor([1, 0])
     """
-    remembered = getattr(token_probs, "hard_tokens", None)
-    return argmax(token_probs) if remembered is None else remembered
 
+    probs: Float[Tensor, "*batch vocab"]
+    """Points of the simplex; gradients flow to them."""
+    ids: Int[Tensor, "*batch"] | None = None
+    """Indices into the last axis where ``probs`` is exactly one-hot: look-ups then take the place of products."""
+    gradient_sum: Float[Tensor, "*batch vocab"] | None = None
+    """A tensor that a backward pass may add the gradient of ``probs`` to, in place of returning it.
 
-def gradient_sum(token_probs: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch vocab"] | None:
-    """A tensor that a backward pass may add the gradient of these tokens to, in place of returning it.
-
-    :func:`nabla_rl.functional.energy.energy_gradient` leaves what it has of the gradient on the tensor that it hands
-    to the reward, as ``token_probs.gradient_sum``. A model that forms its gradient as a matrix product saves a pass
-    over (length, vocabulary) by adding the product there; one that does not know of it returns its gradient as usual.
-
-    Args:
-        token_probs: Relaxed tokens.
-
-    Returns:
-        The tensor, of the same shape, or None.
+    A model that forms its gradient as a matrix product saves a pass over (length, vocabulary) by adding the product
+    there; one that does not know of it returns its gradient as usual.
     """
-    return getattr(token_probs, "gradient_sum", None)
+
+    def hard(self) -> Int[Tensor, "*batch"]:
+        """The indices of the largest entries, without a search where they are known."""
+        return argmax(self.probs) if self.ids is None else self.ids
 
 
 def soft(logits: Float[Tensor, "*batch vocab"], tau: float = 1.0) -> Float[Tensor, "*batch vocab"]:

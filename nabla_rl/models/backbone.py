@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from nabla_rl.functional.relaxation import gradient_sum
+from nabla_rl.functional.relaxation import SoftTokens
 from nabla_rl.ledger import Ledger, Stopwatch
 from nabla_rl.models.flops import FlopFormula
 from nabla_rl.types import UserError
@@ -303,32 +303,24 @@ class Backbone(nn.Module):
         return self._encode(prefix, {"input_ids": ids}, mask)
 
     def encode_soft(
-        self,
-        prefix: Prefix,
-        token_probs: Tensor,
-        mask: Tensor,
-        *,
-        support: Tensor | None = None,
-        tokens: Tensor | None = None,
+        self, prefix: Prefix, tokens: SoftTokens, mask: Tensor, *, support: Tensor | None = None
     ) -> Encoded:
-        """Feed relaxed completion tokens after a prefix; gradients flow to `token_probs`.
+        """Feed relaxed completion tokens after a prefix; gradients flow to `tokens.probs`.
 
         Args:
-            prefix: encoded prompts, not changed.
-            token_probs: (batch, length, support or vocab).
+            prefix: Encoded prompts, not changed.
+            tokens: Probabilities (batch, length, support or vocab); `ids` are those of the vocabulary.
             mask: (batch, length), True at real tokens; what is longer than it is not fed.
             support: (batch, length, support) token ids of the last axis; None means the whole vocabulary in order.
-            tokens: (batch, length) ids where `token_probs` is known to be exactly one-hot at them: a look-up, not a
-                product.
         """
-        width, count = token_probs.shape[-1], mask.sum(-1)
+        width, count = tokens.probs.shape[-1], mask.sum(-1)
         # cut after the product: the backward then pads embeddings, not probabilities
-        embeds = SoftEmbedding.apply(token_probs, self.weight, support, tokens, gradient_sum(token_probs))
+        embeds = SoftEmbedding.apply(tokens.probs, self.weight, support, tokens.ids, tokens.gradient_sum)
         embeds = embeds[:, : mask.shape[1]]
         encoded = self._encode(prefix, {"inputs_embeds": embeds}, mask)
         context = prefix.lengths
         product = self.formula.soft_embedding(count, width)
-        if tokens is None:
+        if tokens.ids is None:
             prefix.ledger.record(self.name, "forward", prefix.problems, count, product, is_pass=False)
         flops = self.formula.backward(count, context) + product
         self._book_pass_back(encoded.hidden, embeds, prefix, count, flops)

@@ -18,6 +18,7 @@ from nabla_rl.functional.logps import (
     top_p_filter,
     upcast,
 )
+from nabla_rl.functional.relaxation import SoftTokens
 from nabla_rl.ledger import Ledger, Stopwatch
 from nabla_rl.models.backbone import Backbone, Encoded, Prefix
 from nabla_rl.models.prompts import encode_prompt, special_id
@@ -183,26 +184,24 @@ class Policy(nn.Module):
     def completion_log_probs(
         self,
         prefix: Prefix,
-        token_probs: Tensor,
+        tokens: SoftTokens,
         mask: Tensor,
         *,
         support: Tensor | None = None,
-        tokens: Tensor | None = None,
     ) -> Tensor:
-        """log π(· | x, y_<i) at every position of a relaxed completion, with gradients to `token_probs`.
+        """log π(· | x, y_<i) at every position of a relaxed completion, with gradients to `tokens.probs`.
 
         Args:
             prefix: the encoded prompt.
-            token_probs: (batch, length, support or vocab), each position a point of the simplex.
+            tokens: Probabilities (batch, length, support or vocab); `ids` are those of the vocabulary.
             mask: (batch, length), True at real positions (right padded).
             support: (batch, length, support) token ids of the last axis; None means the whole vocabulary.
-            tokens: (batch, length) ids where `token_probs` is exactly one-hot at them.
 
         Returns:
             (batch, length, support or vocab), float32.
         """
         # token i is predicted from the tokens before it: the last one is not fed
-        encoded = self.backbone.encode_soft(prefix, token_probs, mask[:, 1:], support=support, tokens=tokens)
+        encoded = self.backbone.encode_soft(prefix, tokens, mask[:, 1:], support=support)
         count = mask.sum(-1)
         self.backbone.record_head(prefix, count)
         hidden = encoded.hidden

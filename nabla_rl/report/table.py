@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -25,11 +26,11 @@ DEFAULT_COLUMNS = (
     "reward_calls",
     "flops",
     "seconds",
-    "acceptance_rate",
 )
 """`accuracy` shows `accuracy_low` and `accuracy_high` beside it."""
 
-_DECIMALS = {"mean_reward": 3, "reward": 3, "gold_reward": 3, "acceptance_rate": 3}
+_DECIMALS = {"mean_reward": 2, "reward": 3, "gold_reward": 2, "acceptance_rate": 3}
+_TITLES = {"mean_reward": "reward", "gold_reward": "gold"}
 _NAMES = ("decoder", "variant")
 _WITH_INTERVAL = ("accuracy", "difference")
 _POWERS = ("flops", "budget_flops", "baseline_flops")
@@ -80,7 +81,7 @@ def format_cell(row: Row, column: str) -> str:
     if column in _DECIMALS:
         return f"{value:,.{_DECIMALS[column]}f}"
     # Counts, or means of counts.
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"
+    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:,.1f}"
 
 
 def present_columns(rows: Sequence[Row], columns: Sequence[str] = DEFAULT_COLUMNS) -> list[str]:
@@ -90,7 +91,12 @@ def present_columns(rows: Sequence[Row], columns: Sequence[str] = DEFAULT_COLUMN
 
 def column_title(column: str) -> str:
     """A column's heading: its key in words."""
-    return re.sub(r"\bflops\b", "FLOPs", column.replace("_", " "))
+    return _TITLES.get(column) or re.sub(r"\bflops\b", "FLOPs", column.replace("_", " "))
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things in words: 1 edit, 2 edits."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def format_table(rows: Sequence[Row], columns: Sequence[str] = DEFAULT_COLUMNS, *, title: str | None = None) -> Table:
@@ -105,7 +111,9 @@ def format_table(rows: Sequence[Row], columns: Sequence[str] = DEFAULT_COLUMNS, 
         The table, to be printed by a `rich.console.Console`.
     """
     # A Text, unlike a string, is taken literally: a decoder called "[red]" is not markup.
-    table = Table(title=None if title is None else Text(title))
+    table = Table(
+        title=None if title is None else Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for column in columns:
         left = column in _NAMES
         whole = left or column in _WITH_INTERVAL

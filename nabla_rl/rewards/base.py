@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from nabla_rl.functional.relaxation import SoftTokens
 from nabla_rl.ledger import Ledger
 from nabla_rl.models.backbone import Encoded, Prefix, Track
 from nabla_rl.models.loading import RewardOptions
@@ -70,13 +71,12 @@ class AbstractReward(nn.Module, ABC):
     def forward(
         self,
         prefix: Prefix,
-        token_probs: Tensor,
+        tokens: SoftTokens,
         mask: Tensor,
         *,
         support: Tensor | None = None,
-        tokens: Tensor | None = None,
     ) -> Tensor:
-        """r(x, y) of relaxed completions, (batch,) float32, with gradients to `token_probs` (batch, length,
+        """r(x, y) of relaxed completions, (batch,) float32, with gradients to `tokens.probs` (batch, length,
         support)."""
 
     @abstractmethod

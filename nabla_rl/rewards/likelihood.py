@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nabla_rl.functional.energy import expected_logps
 from nabla_rl.functional.logps import upcast
+from nabla_rl.functional.relaxation import SoftTokens
 from nabla_rl.ledger import Ledger
 from nabla_rl.models.backbone import Encoded, Prefix, Track
 from nabla_rl.models.loading import PolicyOptions, RewardOptions, load_policy
@@ -47,14 +48,13 @@ class LikelihoodReward(AbstractProcessReward):
     def forward(
         self,
         prefix: Prefix,
-        token_probs: Tensor,
+        tokens: SoftTokens,
         mask: Tensor,
         *,
         support: Tensor | None = None,
-        tokens: Tensor | None = None,
     ) -> Tensor:
-        log_probs = self.judge.completion_log_probs(prefix, token_probs, mask, support=support, tokens=tokens)
-        return _earned(prefix) + expected_logps(token_probs, log_probs, mask)
+        log_probs = self.judge.completion_log_probs(prefix, tokens, mask, support=support)
+        return _earned(prefix) + expected_logps(tokens.probs, log_probs, mask)
 
     @torch.no_grad()
     def score(self, prefix: Prefix, ids: Tensor, mask: Tensor) -> Scored:

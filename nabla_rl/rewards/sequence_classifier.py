@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nabla_rl.functional.logps import upcast
+from nabla_rl.functional.relaxation import SoftTokens
 from nabla_rl.ledger import Ledger
 from nabla_rl.models.backbone import Backbone, Encoded, Prefix, Track
 from nabla_rl.models.loading import RewardOptions, load_classifier
@@ -74,13 +75,12 @@ class SequenceClassifierReward(AbstractProcessReward):
     def forward(
         self,
         prefix: Prefix,
-        token_probs: Tensor,
+        tokens: SoftTokens,
         mask: Tensor,
         *,
         support: Tensor | None = None,
-        tokens: Tensor | None = None,
     ) -> Tensor:
-        encoded = self.backbone.encode_soft(prefix, token_probs, mask, support=support, tokens=tokens)
+        encoded = self.backbone.encode_soft(prefix, tokens, mask, support=support)
         return self._finish(encoded)
 
     @torch.no_grad()

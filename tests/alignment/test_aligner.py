@@ -27,7 +27,7 @@ from nabla_rl.alignment.trl_engine import build_trl_trainer
 from nabla_rl.alignment.trl_search import SearchRollouts
 from nabla_rl.data.problems import Problem, grade_exact
 from nabla_rl.data.tiny import SORTING, build_tokenizer
-from nabla_rl.decoding.presets import PREFIX_VALUES, NablaOptions
+from nabla_rl.decoding import EditSearch, Nabla
 from nabla_rl.functional.policy_gradient import group_relative_advantages
 from nabla_rl.ledger import Ledger
 from nabla_rl.models.adapters import LoraOptions
@@ -352,16 +352,16 @@ def searching(**options: Any) -> PolicyAligner:
     """Trained on what ∇-Reasoner finds, by a learned judge."""
     rl = {"num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 6, "report_to": "none"}
     module = PolicyAligner(
-        rl=RLConfig(**rl | options.pop("rl", {})), lora=LORA, **{"rollouts": "nabla", **options}
+        rl=RLConfig(**rl | options.pop("rl", {})), lora=LORA, **{"rollouts": "search", "nabla": Nabla(max_rollouts=4), **options}
     )  # fmt: skip
     module.use(toy_policy(), Few(), {"reward": toys_hf.reward()})
     return module
 
 
-EDITS = NablaOptions(edits=dataclasses.replace(PREFIX_VALUES, temperature=1.0, max_rollouts=3))
+EDITS = {"search": "edit_search", "edit_search": EditSearch(temperature=1.0, max_rollouts=3)}
 
 
-@pytest.mark.parametrize("options", [{}, {"rollouts": "mixed"}, {"nabla": EDITS}], ids=["published", "mixed", "edits"])
+@pytest.mark.parametrize("options", [{}, {"rollouts": "mixed"}, EDITS], ids=["nabla", "mixed", "edit_search"])
 def test_decoded_completions_train_as_off_policy_data(options):
     """∇-Reasoner's completions, the same for the same seed; their gradients reach the adapter alone."""
     module = searching(**options)
@@ -380,16 +380,16 @@ def test_mixed_is_half_samples_and_half_found():
     prompts = [toy_policy().encode_prompt(problem.problem) for problem in Few().problems[:2]]
     rows = {
         name: searching(rollouts=name).rollout(Few().problems[:2], prompts, 3).rows()
-        for name in ("sample", "nabla", "mixed")
+        for name in ("sample", "search", "mixed")
     }
     for group in (0, 4):
         assert rows["mixed"][group : group + 2] == rows["sample"][group : group + 2]
-        assert rows["mixed"][group + 2 : group + 4] == rows["nabla"][group + 2 : group + 4]
-    assert rows["sample"] != rows["nabla"]
+        assert rows["mixed"][group + 2 : group + 4] == rows["search"][group + 2 : group + 4]
+    assert rows["sample"] != rows["search"]
 
 
 @pytest.mark.parametrize("more", [{}, {"gradient_accumulation_steps": 2}], ids=["whole", "accumulated"])
-@pytest.mark.parametrize("rollouts", ["nabla", "mixed"])
+@pytest.mark.parametrize("rollouts", ["search", "mixed"])
 def test_decoded_completions_train_trls_trainer_to_the_same_adapter(rollouts, more, tmp_path):
     """TRL's GRPOTrainer, fed through its rollout_func, takes this package's RLOO steps."""
     rl = {
@@ -559,12 +559,12 @@ def test_evaluation_measures_the_policy_and_its_distance(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"beta": -0.1}, "--model.rl.beta: expected a number of at least 0, found -0.1"),
+        ({"beta": -0.1}, "rl.beta: expected a number of at least 0, found -0.1"),
         ({"per_device_train_batch_size": 10}, "expected whole groups of 8 completions, found 10"),
-        ({"num_generations": 1}, "--model.rl.num_generations: expected at least 2, found 1"),
-        ({"max_steps": 0}, "--model.rl.max_steps: expected at least 1, found 0"),
-        ({"learning_rate": 0.0}, "--model.rl.learning_rate: expected a positive number"),
-        ({"top_p": 0.0}, "--model.rl.top_p: expected a number in"),
+        ({"num_generations": 1}, "rl.num_generations: expected at least 2, found 1"),
+        ({"max_steps": 0}, "rl.max_steps: expected at least 1, found 0"),
+        ({"learning_rate": 0.0}, "rl.learning_rate: expected a positive number"),
+        ({"top_p": 0.0}, "rl.top_p: expected a number in"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, complaint):
@@ -575,20 +575,20 @@ def test_settings_that_make_no_sense_are_refused(settings, complaint):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"reward_funcs": []}, "--model.reward_funcs: expected at least one"),
+        ({"reward_funcs": []}, "reward_funcs: expected at least one"),
         ({"rl": RLConfig(reward_weights=[1.0, 2.0])}, "expected one for each of 1 reward functions, found 2"),
-        ({"stop_at_kl": 0.0}, "--model.stop_at_kl: expected a positive number"),
+        ({"stop_at_kl": 0.0}, "stop_at_kl: expected a positive number"),
         (
             {"algorithm": "grpo", "kl_estimator": "k1", "rl": RLConfig(use_bias_correction_kl=False)},
-            "--model.kl_estimator: expected k3 or exact",
+            "kl_estimator: expected k3 or exact",
         ),
-        ({"rollouts": "nabla", "algorithm": "grpo"}, "--model.rollouts: expected sample, found nabla"),
-        ({"rollouts": "mixed", "rl": RLConfig(beta=0.0)}, "--model.rollouts: expected sample, found nabla or mixed"),
-        ({"rollouts": "nabla", "rl": RLConfig(num_iterations=2)}, "--model.rollouts: expected sample"),
-        ({"rollouts": "nabla", "reward_funcs": ["grader"]}, "--model.reward_funcs: expected judge among them"),
-        ({"rollouts": "mixed", "stop_at_kl": 1.0}, "--model.stop_at_kl: expected null with"),
-        ({"rollouts": "nabla", "nabla": NablaOptions()}, "--model.nabla.edits.temperature: expected a positive"),
-        ({"rl": RLConfig(top_k=50)}, "--model.rl.top_k: expected 0"),
+        ({"rollouts": "search", "algorithm": "grpo"}, "rollouts: expected sample, found search"),
+        ({"rollouts": "mixed", "rl": RLConfig(beta=0.0)}, "rollouts: expected sample, found search or mixed"),
+        ({"rollouts": "search", "rl": RLConfig(num_iterations=2)}, "rollouts: expected sample"),
+        ({"rollouts": "search", "reward_funcs": ["grader"]}, "reward_funcs: expected judge among them"),
+        ({"rollouts": "mixed", "stop_at_kl": 1.0}, "stop_at_kl: expected null with"),
+        ({"rollouts": "search", "search": "edit_search"}, "search: expected a search whose completions"),
+        ({"rl": RLConfig(top_k=50)}, "rl.top_k: expected 0"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, complaint):

@@ -15,17 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
-from nabla_rl.alignment.aligner import PolicyAligner
-from nabla_rl.alignment.data import AlignmentData
 from nabla_rl.alignment.trl_engine import Report
-from nabla_rl.cli import align as align_cli
 from nabla_rl.cli import app as cli
-from nabla_rl.cli.align import CONFIGS, AlignCLI, run_config
-from nabla_rl.run_folder import flatten
-from nabla_rl.types import UserError
 from tests.cli.toys_cli import ROOT, save_models
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -45,12 +38,14 @@ def options(models: Path, run_dir: Path, **changes: object) -> list[str]:
     values: dict[str, object] = {
         "data.family": "sorting",
         "data.eval_limit": 4,
+        "data.answers": "exact",
         "model.policy.name": models / "policy",
         "model.reward.name": models / "reward",
         "model.gold.name": models / "gold",
         "model.rl.num_generations": 4,
         "model.rl.per_device_train_batch_size": 8,
         "model.rl.max_steps": 6,
+        "model.rl.gradient_accumulation_steps": 1,
         "model.rl.max_completion_length": 6,
         "model.rl.learning_rate": 0.01,
         "model.rl.save_steps": 1,
@@ -108,7 +103,7 @@ def test_the_summary_has_before_and_after(whole):
     assert summary["flops"] > 0 and summary["seconds"] > 0
     card = (whole / "adapter" / "README.md").read_text()
     for said in (
-        "library_name: peft", "| data | the tiny world's sorting problems", "| reward | judge; judge ", "| β | 1.0",
+        "library_name: peft", "| data | the tiny world; held out: 4 problems |", "| reward | judge; reward model ", "| β | 1.0",
         "| KL reached |", "rloo", "peft 0", "| accuracy |",
     ):  # fmt: skip
         assert said in card, said
@@ -143,7 +138,7 @@ def test_killed_and_continued_is_unbroken_bit_for_bit(whole, models, tmp_path, s
     _, errors = process.communicate(timeout=60)
     if sent == signal.SIGINT:
         assert process.returncode == 130
-        said = [line for line in errors.splitlines() if "━" not in line]
+        said = [line for line in errors.splitlines() if "━" not in line and not line.startswith("note: ")]
         assert said == ["error: interrupted. What is finished is kept; the same command goes on from there."]
     assert not (run_dir / "summary.json").exists()
     done = start(options(models, run_dir))
@@ -184,9 +179,9 @@ def test_trls_engine_leaves_the_same_folder(models, tmp_path):
 
 def adapter_names(models: Path, tmp_path: Path) -> set[str]:
     from nabla_rl.models.adapters import LoraOptions, attach_adapter
-    from nabla_rl.models.loading import PolicyOptions, load_policy
+    from nabla_rl.models.loading import load_policy
 
-    policy = load_policy(PolicyOptions(str(models / "policy")), family="sorting", device=torch.device("cpu"))
+    policy = load_policy(str(models / "policy"), device="cpu")
     return set(attach_adapter(policy, LoraOptions(r=4)).state())
 
 
@@ -214,7 +209,7 @@ def test_trls_engine_interrupted_and_continued_is_unbroken_bit_for_bit(models, t
         assert totals[0] == totals[1], name
 
 
-def test_trls_engine_trains_on_what_nabla_finds(models, tmp_path):
+def test_trls_engine_trains_on_what_a_search_finds(models, tmp_path):
     """By rollout_func; what is logged is the rewards, not the scaled return that TRL was given."""
     run_dir = tmp_path / "run"
     changes = {"model.rollouts": "mixed", "model.rl.max_steps": 2, "model.rl.eval_steps": 1}
@@ -237,7 +232,7 @@ def test_trls_engine_stops_where_the_other_one_does(models, tmp_path, capsys, ch
     if "model.stop_at_kl" in changes:
         file = tmp_path / "run" / "summary.json"
         summary, weights = json.loads(file.read_text()), adapter(tmp_path / "run")
-        assert code == 0 and "above --model.stop_at_kl" in said.out and summary["stopped_at"] < 6
+        assert code == 0 and "above stop_at_kl" in said.out and summary["stopped_at"] < 6
         file.unlink()  # as if killed after its last step: it does not go on
         assert cli.align([*options(models, tmp_path / "run", **changes), "--engine", "trl"]) == 0
         again = json.loads(file.read_text())
@@ -260,34 +255,6 @@ def test_held_out_figures_while_it_trains_cost_the_training_nothing(whole, model
     assert ours["flops"] == other["flops"] == points[-1]["flops"]
     assert points[0]["accuracy"] == ours["before"]["accuracy"] and points[-1]["kl"] == ours["after"]["kl"]
     assert points[1]["evaluation_flops"] > 0 == points[0]["flops"]
-
-
-def test_variants_and_seeds_side_by_side(models, tmp_path, capsys):
-    """A run folder for each, curves of all; the same command again trains nothing anew."""
-    run_dir = tmp_path / "study"
-    given = options(models, run_dir, **{"model.rl.max_steps": 2, "model.rl.report_to": "none"})
-    given = [
-        *given,
-        "--curves.variants",
-        '{"low": {"rl.beta": 0.1}, "found": {"rollouts": "mixed", "rl.eval_steps": 1}}',
-    ]
-    assert cli.align([*given, "--curves.seeds", "[0, 1]"]) == 0
-    folders = [run_dir / label / f"seed{seed}" for label in ("low", "found") for seed in (0, 1)]
-    assert all((folder / "summary.json").is_file() for folder in folders)
-    config = yaml.safe_load((folders[0] / "config.yaml").read_text())
-    assert config["model"]["rl"]["beta"] == 0.1 and config["model"]["seed"] == 0 and "curves" not in config
-    curves = json.loads((run_dir / "curves.json").read_text())
-    assert [(row["variant"], row["step"]) for row in curves["rows"]] == [
-        ("low", 0), ("low", 2), ("found", 0), ("found", 1), ("found", 2)
-    ]  # fmt: skip
-    last, both = curves["rows"][1], [json.loads((f / "summary.json").read_text())["after"] for f in folders[:2]]
-    assert last["reward"] == pytest.approx(sum(each["reward"] for each in both) / 2)
-    assert last["reward_low"] == min(each["reward"] for each in both)
-    assert {"curves.csv", "curves.svg", "curves.png", "curves.html"} <= set(os.listdir(run_dir))
-    before = [(folder / "summary.json").stat().st_mtime_ns for folder in folders]
-    assert "results in" in capsys.readouterr().out
-    assert cli.align([*given, "--curves.seeds", "[0, 1]"]) == 0
-    assert before == [(folder / "summary.json").stat().st_mtime_ns for folder in folders]
 
 
 class FakeRun:
@@ -369,10 +336,11 @@ def test_rewards_of_ones_own_and_weights(models, tmp_path, monkeypatch):
         ({"model.policy.name": "./nowhere"}, "--model.policy.name: expected a model folder"),
         ({"model.rl.max_completion_length": 500}, "--model.rl.max_completion_length"),
         ({"model.rl.eval_steps": 0}, "--model.rl.eval_steps: expected at least 1 or null, found 0"),
-        ({"model.rollouts": "nabla", "model.algorithm": "grpo"}, "--model.rollouts: expected sample"),
-        ({"curves.seeds": "[0, 0]"}, "--curves.seeds: expected a list of different seeds"),
-        ({"curves.variants": '{"a/b": {}}'}, "--curves.variants: expected a label of letters"),
-        ({"curves.variants": '{"a": {"rl.betta": 1}}'}, "--curves.variants.a: --model.rl.betta: expected an option"),
+        ({"model.rollouts": "search", "model.algorithm": "grpo"}, "--model.rollouts: expected sample"),
+        (
+            {"model.rollouts": "search", "model.search": "edit_search"},
+            "--model.search: expected a search whose completions of a group differ",
+        ),
     ],
     ids=str,
 )
@@ -409,45 +377,6 @@ def test_an_adapter_that_has_not_changed_is_not_saved(models, tmp_path, capsys):
     finally:
         sys.path.remove(str(tmp_path))
     said = capsys.readouterr().err
-    assert "found all equal for 10 steps" in said and "Raise --model.rl.num_generations" in said
+    assert "found all equal for 10 steps" in said and "Raise rl.num_generations" in said
     assert said.strip().splitlines()[-1].startswith("error: adapter: expected weights that training has changed")
     assert not (tmp_path / "run" / "adapter").exists()
-
-
-# Configurations
-
-
-class ParsedOnly(AlignCLI):
-    """Options without what they build."""
-
-    def instantiate_classes(self) -> None:
-        self.parser.instantiate_classes(self.config)
-
-
-@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.name)
-def test_every_file_parses_and_its_values_arrive(file):
-    parsed = ParsedOnly(
-        PolicyAligner, AlignmentData, run=False, args=["--config", str(file)], seed_everything_default=False,
-        save_config_callback=None, auto_configure_optimizers=False, parser_kwargs={"exit_on_error": False},
-    )  # fmt: skip
-    config = flatten(run_config(parsed) | {"curves": parsed.config["curves"].as_dict()})
-    for name, value in flatten(yaml.safe_load(file.read_text(encoding="utf-8"))).items():
-        assert config[name] == value, name
-        assert not (isinstance(value, str) and Path(value).is_absolute()), name
-
-
-def test_without_options_runs_what_the_tiny_file_says(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    runs: list[tuple[dict, Path]] = []
-    monkeypatch.setattr(align_cli, "train", lambda built, folder: runs.append((run_config(built), folder)) or 0)
-    assert cli.align([]) == 0 and cli.align(["--config", str(CONFIGS / "tiny.yaml")]) == 0
-    assert runs[0] == runs[1] and runs[0][1] == Path("runs/align/tiny")
-
-
-def test_a_file_with_a_mistyped_option_is_refused(tmp_path):
-    (tmp_path / "bad.yaml").write_text("model:\n  rl:\n    betta: 1\n")
-    with pytest.raises(UserError, match="--model.rl.betta: expected an option"):
-        ParsedOnly(
-            PolicyAligner, AlignmentData, run=False, args=["--config", str(tmp_path / "bad.yaml")],
-            save_config_callback=None, auto_configure_optimizers=False, parser_kwargs={"exit_on_error": False},
-        )  # fmt: skip

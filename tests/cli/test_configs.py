@@ -9,57 +9,68 @@ from typing import Any
 import pytest
 import yaml
 
-from nabla_rl.cli import decode as decode_cli
-from nabla_rl.cli.decode import CONFIGS, DecodeCLI
+from nabla_rl.alignment.aligner import PolicyAligner
+from nabla_rl.alignment.data import AlignmentData
+from nabla_rl.cli import configs
+from nabla_rl.cli.align import AlignCLI
+from nabla_rl.cli.base import NOT_IN_RESULTS, Complaint, VerbCLI
+from nabla_rl.cli.decode import DecodeCLI
+from nabla_rl.cli.distill import DistillCLI
 from nabla_rl.data.module import ProblemData
-from nabla_rl.decoding.module import Decoding
+from nabla_rl.decoding.module import DecodingModule
+from nabla_rl.distillation.data import DistillationData
+from nabla_rl.distillation.distiller import PolicyDistiller
 from nabla_rl.run_folder import flatten
-from nabla_rl.types import UserError
 
-FILES = sorted(CONFIGS.rglob("*.yaml"))
-DEFAULT = CONFIGS / "default.yaml"
-
-
-class ParsedOnly(DecodeCLI):
-    """Options without what they build, but for the dataclasses and their checks."""
-
-    def instantiate_classes(self) -> None:
-        """No trainer, no problems, no models."""
-        self.options = self.parser.instantiate_classes(self.config).model
+VERBS: dict[str, tuple[type[VerbCLI], type, type]] = {
+    "decode": (DecodeCLI, DecodingModule, ProblemData),
+    "align": (AlignCLI, PolicyAligner, AlignmentData),
+    "distill": (DistillCLI, PolicyDistiller, DistillationData),
+}
+FILES = [(verb, file) for verb in VERBS for file in sorted(configs.folder(verb).rglob("*.yaml"))]
+NAMES = [f"{verb}/{file.stem}" for verb, file in FILES]
 
 
-def parse(arguments: Sequence[str], *, defaults: Sequence[str] = ()) -> dict[str, Any]:
-    cli = ParsedOnly(
-        Decoding,
-        ProblemData,
-        run=False,
-        args=list(arguments),
-        seed_everything_default=False,
-        save_config_callback=None,
-        auto_configure_optimizers=False,
-        parser_kwargs={"exit_on_error": False, "default_config_files": list(defaults)},
-    )
-    return decode_cli.results_config(cli)
+def parse(verb: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """The options that a command line gives, checked by the classes they are for, without what they build."""
+    kind, module, data = VERBS[verb]
+
+    class ParsedOnly(kind):
+        def instantiate_classes(self) -> None:
+            self.parser.instantiate_classes(self.config.clone())
+
+    return ParsedOnly.read(arguments, module, data).results_config()
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONFIGS)))
-def test_file_parses_and_its_values_arrive(file):
+@pytest.mark.parametrize(("verb", "file"), FILES, ids=NAMES)
+def test_file_parses_and_its_values_arrive(verb, file):
     given = flatten(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
-    config = flatten(parse(["--config", str(file)]))
+    config = flatten(parse(verb, ["--config", str(file)]))
     for name, value in given.items():
-        if name.split(".")[0] not in decode_cli.NOT_IN_RESULTS and name != "data.batch_size":
+        if name.split(".")[0] not in NOT_IN_RESULTS and name != "data.batch_size":
             assert config[name] == value, name
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONFIGS)))
-def test_file_names_no_folder_of_one_machine(file):
+@pytest.mark.parametrize(("verb", "file"), FILES, ids=NAMES)
+def test_file_is_found_by_its_name_and_names_no_folder_of_one_machine(verb, file):
+    assert configs.find(verb, file.stem).samefile(file)
     for name, value in flatten(yaml.safe_load(file.read_text(encoding="utf-8")) or {}).items():
         assert not (isinstance(value, str) and Path(value).is_absolute()), name
 
 
-@pytest.mark.skipif(not DEFAULT.is_file(), reason="no default configuration in this version")
-def test_without_options_runs_what_the_default_file_says():
-    assert parse([], defaults=[str(DEFAULT)]) == parse(["--config", str(DEFAULT)])
+@pytest.mark.parametrize("verb", VERBS)
+def test_without_options_runs_what_the_default_file_says(verb):
+    assert parse(verb, []) == parse(verb, ["--config", "default"])
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_policy_that_is_not_embedded_gets_the_values_for_real_models(verb):
+    real = flatten(yaml.safe_load(configs.find(verb, "real").read_text(encoding="utf-8")))
+    owner = VERBS[verb][0].owner
+    config = flatten(parse(verb, [f"--{owner}.policy.name", "some/model"]))
+    for name, value in real.items():
+        if name != "data.batch_size":
+            assert config[name] == value, name
 
 
 def test_a_file_with_an_unknown_or_mistyped_option_is_refused(tmp_path):
@@ -70,5 +81,10 @@ def test_a_file_with_an_unknown_or_mistyped_option_is_refused(tmp_path):
         ("data:\n  split: exam\n", "--data.split: expected one of train, validation, test, hard, found 'exam'"),
     ):
         (tmp_path / "bad.yaml").write_text(content)
-        with pytest.raises(UserError, match=complaint):
-            parse(["--config", str(tmp_path / "bad.yaml")])
+        with pytest.raises(Complaint, match=complaint):
+            parse("decode", ["--config", str(tmp_path / "bad.yaml")])
+
+
+def test_a_wrong_name_is_met_with_a_guess():
+    with pytest.raises(Complaint, match="Did you mean published?"):
+        parse("decode", ["--config", "publshed"])

@@ -19,8 +19,9 @@ from nabla_rl.types import UserError
 from tests import toys_hf as toys
 from tests.test_ledger import hooked
 
-TOKEN = BeamSearch(width=3, expand=4, step="token", beta=0.5, sampling=Sampling(max_new_tokens=8))
-LINE = BeamSearch(width=3, expand=3, step="line", step_tokens=4, beta=0.5, sampling=Sampling(max_new_tokens=8))
+TOKEN = BeamSearch(width=3, expand=4, step="token")
+LINE = BeamSearch(width=3, expand=3, step="line", step_tokens=4)
+GIVEN = {"beta": 0.5, "sampling": Sampling(1.0, max_new_tokens=8)}
 
 
 def reward_of(kind: str):
@@ -30,9 +31,8 @@ def reward_of(kind: str):
     return SequenceClassifierReward(toys.build_classifier(), tokenizer)
 
 
-def decode(decoder: BeamSearch, problems, reward=None, policy=None) -> tuple[list[Decoded], Ledger]:
-    ledger = Ledger(len(problems))
-    return decoder.decode(problems, policy or toys.policy(), reward or toys.reward(), ledger), ledger
+def decode(decoder: BeamSearch, problems, reward=None, policy=None, **changes) -> tuple[list[Decoded], Ledger]:
+    return toys.decode(decoder, problems, policy, reward, **{**GIVEN, **changes})
 
 
 def every_completion(policy: Policy, length: int) -> list[list[int]]:
@@ -62,9 +62,9 @@ def test_a_beam_that_keeps_everything_finds_the_best_completion(kind: str):
     if kind == "template":
         policy = Policy(toys.build_llama(eos_token_id=[2, 9, 17]), toys.chat_tokenizer())
     completions = every_completion(policy, 2)
-    decoder = replace(TOKEN, width=len(completions), expand=toys.VOCAB, sampling=Sampling(max_new_tokens=2))
+    decoder = replace(TOKEN, width=len(completions), expand=toys.VOCAB)
     problems = toys.problems(3)
-    results, _ = decode(decoder, problems, reward, policy)
+    results, _ = decode(decoder, problems, reward, policy, sampling=Sampling(max_new_tokens=2))
     for problem, result in zip(problems, results, strict=True):
         expected = energies(problem, policy, reward, completions, 0.5)
         assert sorted(c.ids for c in result.rollouts) == sorted(tuple(ids) for ids in completions)
@@ -109,7 +109,7 @@ def test_a_width_of_one_that_proposes_one_token_is_greedy():
     results, _ = decode(replace(TOKEN, width=1, expand=1), problems)
     for problem, result in zip(problems, results, strict=True):
         prefix = toys.prefill(policy, [policy.encode_prompt(problem.problem)])
-        greedy = policy.rollout(prefix, generators=None, max_new_tokens=8)
+        greedy = toys.greedy(policy, prefix, 8)
         assert result.ids == tuple(greedy.ids[0, greedy.mask[0]].tolist())
         assert result.finished == bool(greedy.finished[0])
 
@@ -123,7 +123,7 @@ def test_more_width_helps():
             results, _ = decode(replace(TOKEN, step=step, step_tokens=3, width=width, expand=6), problems)
             means.append(sum(-r.logps - r.reward / 0.5 for r in results) / len(results))
         assert means[0] > means[-1]
-    low, high = (decode(replace(TOKEN, beta=beta), problems)[0] for beta in (0.01, 100.0))
+    low, high = (decode(TOKEN, problems, beta=beta)[0] for beta in (0.01, 100.0))
     assert sum(r.reward for r in low) > sum(r.reward for r in high)
 
 
@@ -138,15 +138,15 @@ def test_lines_end_where_lines_end():
     for problem in toys.problems(6):
         prefix = toys.prefill(policy, [policy.encode_prompt(problem.problem)])
         generator = torch.Generator().manual_seed(3)
-        rollout = policy.rollout(prefix, generators=[generator], max_new_tokens=9, stops=torch.tensor([newline]))
-        whole = policy.rollout(prefix, generators=[generator.manual_seed(3)], max_new_tokens=9)
+        nine = Sampling(1.0, max_new_tokens=9)
+        rollout = policy.rollout(prefix, nine, [generator], stops=torch.tensor([newline]))
+        whole = policy.rollout(prefix, nine, [generator.manual_seed(3)])
         ids, whole_ids = (r.ids[0, r.mask[0]].tolist() for r in (rollout, whole))
         assert ids == list(cut_steps(whole_ids, {newline}, 9)[0])
         assert bool(rollout.finished[0]) == (ids[-1] in {2, 9, 17})
         broken += ids[-1] == newline
     assert broken > 0
-    cold = replace(LINE, sampling=Sampling(0.0, 1.0, 8))
-    (result,), _ = decode(cold, toys.problems(1))
+    (result,), _ = decode(LINE, toys.problems(1), sampling=Sampling(0.0, 1.0, 8))
     assert result.counts["judged"] == result.counts["steps"] and len(result.rollouts) == 1
 
 
@@ -164,9 +164,8 @@ def test_the_ledger_is_what_hooks_count(decoder: BeamSearch, kind: str):
     policy, reward = toys.policy(), reward_of(kind)
     judge = reward.judge.backbone if kind == "likelihood" else reward.backbone
     for problem in toys.problems(3):
-        ledger = Ledger(1)
         with hooked(policy.backbone.base, judge.base) as (ours, theirs):
-            (result,) = decoder.decode([problem], policy, reward, ledger)
+            (result,), ledger = decode(decoder, [problem], reward, policy)
         assert ledger.cost(0, model="policy").sequential == ours.forwards
         assert ledger.cost(0, model="reward").sequential == theirs.forwards
         assert ledger.cost(0, model="policy").tokens <= ours.positions
@@ -184,7 +183,7 @@ def test_the_ledger_is_what_hooks_count(decoder: BeamSearch, kind: str):
 def test_the_same_seed_gives_the_same_output():
     """Lines are drawn by seed, step and beam."""
     problems = toys.problems(6)
-    one, two, other = (decode(replace(LINE, seed=seed), problems)[0] for seed in (0, 0, 1))
+    one, two, other = (decode(LINE, problems, seed=seed)[0] for seed in (0, 0, 1))
     assert [r.rollouts for r in one] == [r.rollouts for r in two]
     assert [r.ids for r in one] != [r.ids for r in other]
 
@@ -199,8 +198,8 @@ def test_what_it_cannot_do_is_said():
 
         def score(self, prefix, ids, mask): ...
 
-    with pytest.raises(UserError, match="beam: expected a reward that judges prefixes, found Outcome"):
-        TOKEN.decode(toys.problems(1), toys.policy(), Outcome(), Ledger(1))
+    with pytest.raises(UserError, match="^reward.kind: .* with values of prefixes for beam, found Outcome"):
+        decode(TOKEN, toys.problems(1), Outcome())
     for name in ("width", "expand", "step_tokens"):
         with pytest.raises(UserError, match=f"beam.{name}: expected at least 1, found 0"):
             replace(TOKEN, **{name: 0})
@@ -208,7 +207,6 @@ def test_what_it_cannot_do_is_said():
 
 def test_without_a_reward_weight_the_judge_has_no_say():
     """At β = ∞ it is plain beam search: another judge changes nothing."""
-    decoder = replace(TOKEN, beta=math.inf)
     other = SequenceClassifierReward(toys.build_classifier(seed=8), toys.tokenizer())
-    ours, others = (decode(decoder, toys.problems(6), reward)[0] for reward in (toys.reward(), other))
+    ours, others = (decode(TOKEN, toys.problems(6), reward, beta=math.inf)[0] for reward in (toys.reward(), other))
     assert [[c.ids for c in r.rollouts] for r in ours] == [[c.ids for c in r.rollouts] for r in others]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
+from nabla_rl.budget import point_at
 from nabla_rl.data.problems import Problem, extract_line
 from nabla_rl.decoding import (
     MCTS,
@@ -23,7 +25,6 @@ from nabla_rl.decoding import (
     Sampling,
     SelfConsistency,
 )
-from nabla_rl.budget import point_at
 from nabla_rl.dto import DTOConfig
 from nabla_rl.ledger import Ledger
 from nabla_rl.models.policy import Policy
@@ -33,13 +34,9 @@ from nabla_rl.types import UserError
 from tests import toys_hf as toys
 from tests.test_ledger import hooked
 
-SAMPLING = Sampling(max_new_tokens=8)
-NABLA = Nabla(
-    DTOConfig(num_steps=4, step_size=1.0, final_step_size=1.0), max_rollouts=6, min_entropy=0.5, sweeps=2,
-    sampling=SAMPLING, seed=1,
-)  # fmt: skip
-
-EDITS = EditSearch("value", alternatives=3, max_rollouts=9, sampling=replace(SAMPLING, temperature=0.0), seed=1)
+SAMPLING = Sampling(1.0, max_new_tokens=8)
+NABLA = Nabla(DTOConfig(num_steps=4, step_size=1.0, final_step_size=1.0), max_rollouts=6, min_entropy=0.5, sweeps=2)
+EDITS = EditSearch(alternatives=3, max_rollouts=9, min_drop=0.0, min_score=-math.inf, acceptance="energy")
 
 
 def first_letter(text: str) -> str | None:
@@ -48,32 +45,35 @@ def first_letter(text: str) -> str | None:
 
 
 DECODERS: dict[str, AbstractDecoder] = {
-    "greedy": Greedy(SAMPLING),
-    "sample": Sample(SAMPLING, seed=3),
-    "self_consistency": SelfConsistency(n=9, sampling=SAMPLING, extract=first_letter),
-    "best_of_n": BestOfN(n=9, sampling=SAMPLING),
-    "best_of_n-reward": BestOfN(n=9, choose_by="reward", sampling=SAMPLING),
-    "best_of_n-vote": BestOfN(n=9, choose_by="weighted_vote", sampling=SAMPLING, extract=extract_line),
-    "beam-token": BeamSearch(width=3, expand=3, step="token", sampling=SAMPLING),
-    "beam-line": BeamSearch(width=4, expand=2, step_tokens=3, sampling=SAMPLING),
-    "mcts": MCTS(iterations=8, branching=2, step="segment", step_tokens=2, sampling=SAMPLING),
+    "greedy": Greedy(),
+    "sample": Sample(),
+    "self_consistency": SelfConsistency(n=9),
+    "best_of_n": BestOfN(n=9),
+    "best_of_n-reward": BestOfN(n=9, choose_by="reward"),
+    "best_of_n-vote": BestOfN(n=9, choose_by="weighted_vote"),
+    "beam-token": BeamSearch(width=3, expand=3, step="token"),
+    "beam-line": BeamSearch(width=4, expand=2, step_tokens=3),
+    "mcts": MCTS(iterations=8, branching=2, step="segment", step_tokens=2),
     "nabla": NABLA,
     "nabla-support": replace(NABLA, support=5, min_gradient_norm=2.0),
     "edit_search": EDITS,
-    "edit_search-anew": replace(EDITS, min_score=0.0, starts=2, restarts=3, acceptance="prefix", stop_at=0.9),
+    "edit_search-prefix": replace(EDITS, min_score=0.0, acceptance="prefix"),
 }
+GIVEN = {
+    "sample": {"seed": 3},
+    "self_consistency": {"extract": first_letter},
+    "best_of_n-vote": {"extract": extract_line},
+} | {name: {"seed": 1} for name in ("nabla", "nabla-support", "edit_search", "edit_search-prefix")}
 DRAWS = ["self_consistency", "best_of_n", "best_of_n-reward", "best_of_n-vote"]
 SEARCHES = [name for name in DECODERS if name not in ("greedy", "sample")]
 on_every_decoder = pytest.mark.parametrize("name", DECODERS)
 
 
-def decode(decoder: AbstractDecoder, problems: list[Problem], reward=None) -> tuple[list[Decoded], Ledger]:
-    ledger = Ledger(len(problems))
-    return decoder.decode(problems, toys.policy(), reward or toys.reward(), ledger), ledger
-
-
-def limited(name: str, **limits: float) -> AbstractDecoder:
-    return replace(DECODERS[name], budget=Budget(**limits))  # pyright: ignore
+def decode(name: str, problems: list[Problem], reward=None, *, options=None, **limits) -> tuple[list[Decoded], Ledger]:
+    """What the decoder of that name answers within limits."""
+    decoder = replace(DECODERS[name], **(options or {}))  # pyright: ignore
+    given = {"sampling": SAMPLING, **GIVEN.get(name, {}), "budget": Budget(**limits)}
+    return toys.decode(decoder, problems, reward=reward, **given)
 
 
 def fractions(result: Decoded) -> list[float]:
@@ -86,7 +86,7 @@ def fractions(result: Decoded) -> list[float]:
 @on_every_decoder
 def test_a_curve_ends_at_the_answer_and_its_whole_cost(name: str):
     """The last point is the ledger's total and the answer; on the way there nothing falls."""
-    results, ledger = decode(DECODERS[name], toys.problems(5))
+    results, ledger = decode(name, toys.problems(5))
     for account, result in enumerate(results):
         end, cost = result.curve[-1], ledger.cost(account)
         assert end.flops == pytest.approx(cost.flops, rel=1e-9)
@@ -102,14 +102,13 @@ def test_a_curve_ends_at_the_answer_and_its_whole_cost(name: str):
 @on_every_decoder
 def test_a_budget_is_overrun_by_less_than_a_step(name: str):
     """Whatever the limit, the ledger says that it was not used up when the last step began."""
-    (free,), _ = decode(DECODERS[name], toys.problems(1))
+    (free,), _ = decode(name, toys.problems(1))
     for limits in [{"flops": f} for f in fractions(free)] + [{"rollouts": n} for n in (1, 2, 5, 99)]:
-        decoder = limited(name, **limits)
-        (result,), ledger = decode(decoder, toys.problems(1))
+        (result,), ledger = decode(name, toys.problems(1), **limits)
         assert result.curve[-1].flops == pytest.approx(ledger.cost(0).flops, rel=1e-9)
         assert result.curve[-1].sequential_calls == ledger.cost(0).sequential
-        assert all(decoder.budget.allows(point) for point in result.curve[:-1])
-        if decoder.budget.allows(result.curve[-1]):
+        assert all(Budget(**limits).allows(point) for point in result.curve[:-1])
+        if Budget(**limits).allows(result.curve[-1]):
             assert len(result.rollouts) == len(free.rollouts)
 
 
@@ -117,13 +116,12 @@ def test_a_budget_is_overrun_by_less_than_a_step(name: str):
 def test_a_run_without_a_budget_says_what_one_with_it_answers(name: str):
     """The point read off the whole curve names answer, rollouts and operations of a run that stops there."""
     problems = toys.problems(4)
-    whole, _ = decode(DECODERS[name], problems)
+    whole, _ = decode(name, problems)
     assert any(len({point.chosen for point in result.curve}) > 1 for result in whole)
     for problem, free in zip(problems, whole, strict=True):
         for limits in [{"flops": f} for f in fractions(free)] + [{"rollouts": n} for n in (1, 2, 3, 5)]:
-            decoder = limited(name, **limits)
-            (result,), ledger = decode(decoder, [problem])
-            point = point_at(free.curve, decoder.budget)
+            (result,), ledger = decode(name, [problem], **limits)
+            point = point_at(free.curve, Budget(**limits))
             assert result.ids == free.rollouts[point.chosen].ids
             assert [c.ids for c in result.rollouts] == [c.ids for c in free.rollouts[: point.rollouts]]
             assert ledger.cost(0).flops == pytest.approx(point.flops, rel=1e-9)
@@ -140,9 +138,9 @@ def test_a_point_is_what_so_many_draws_cost(name: str, kind: str):
     if kind == "likelihood":
         reward = LikelihoodReward(Policy(toys.build_llama(seed=5), tokenizer))
     problems = toys.problems(3)
-    whole, _ = decode(DECODERS[name], problems, reward)
+    whole, _ = decode(name, problems, reward)
     for n in (1, 2, 4, 9):
-        results, ledger = decode(replace(DECODERS[name], n=n), problems, reward)  # pyright: ignore
+        results, ledger = decode(name, problems, reward, options={"n": n})
         for account, (result, free) in enumerate(zip(results, whole, strict=True)):
             point, cost = free.curve[n - 1], ledger.cost(account)
             assert point.flops == pytest.approx(cost.flops, rel=1e-12)
@@ -155,9 +153,9 @@ def test_a_point_is_what_so_many_draws_cost(name: str, kind: str):
 def test_what_is_drawn_at_a_time_changes_no_answer(name: str, limit: str):
     """A limit beyond reach draws in several batches: the same rollouts and operations, more waiting."""
     problems = toys.problems(4)
-    whole, ledger = decode(DECODERS[name], problems)
+    whole, ledger = decode(name, problems)
     limits = {"seconds": 1e6} if limit == "seconds" else {"flops": 1.01 * max(r.curve[-1].flops for r in whole)}
-    parts, costs = decode(limited(name, **limits), problems)
+    parts, costs = decode(name, problems, **limits)
     for account, (part, free) in enumerate(zip(parts, whole, strict=True)):
         assert [c.ids for c in part.rollouts] == [c.ids for c in free.rollouts] and part.ids == free.ids
         found, expected = costs.cost(account), ledger.cost(account)
@@ -170,11 +168,11 @@ def test_what_is_drawn_at_a_time_changes_no_answer(name: str, limit: str):
 def test_one_problems_budget_is_not_anothers(name: str):
     """With a limit, each problem's rollouts, answer and account are the same alone and among others."""
     problems = toys.problems(5)
-    decoder = limited(name, flops=0.6 * decode(DECODERS[name], problems[:1])[0][0].curve[-1].flops)
-    together, ledger = decode(decoder, problems)
+    limit = 0.6 * decode(name, problems[:1])[0][0].curve[-1].flops
+    together, ledger = decode(name, problems, flops=limit)
     assert len({len(result.rollouts) for result in together}) > 1
     for account, problem in enumerate(problems):
-        (alone,), costs = decode(decoder, [problem])
+        (alone,), costs = decode(name, [problem], flops=limit)
         assert [c.ids for c in alone.rollouts] == [c.ids for c in together[account].rollouts]
         found, expected = ledger.cost(account), costs.cost(0)
         assert (found.calls, found.sequential, found.tokens) == (expected.calls, expected.sequential, expected.tokens)
@@ -184,8 +182,8 @@ def test_one_problems_budget_is_not_anothers(name: str):
 @on_every_decoder
 def test_seconds_end_the_work(name: str):
     """A limit that the first step has used up leaves its answer."""
-    (free,), _ = decode(DECODERS[name], toys.problems(1))
-    (result,), ledger = decode(limited(name, seconds=1e-9), toys.problems(1))
+    (free,), _ = decode(name, toys.problems(1))
+    (result,), ledger = decode(name, toys.problems(1), seconds=1e-9)
     assert len(result.curve) == 1 and result.curve[0].rollouts == free.curve[0].rollouts
     assert result.ids == free.rollouts[free.curve[0].chosen].ids
     assert result.curve[0].seconds == pytest.approx(ledger.cost(0).seconds) and ledger.cost(0).seconds > 0
@@ -196,10 +194,9 @@ def test_the_ledger_of_a_limited_run_is_what_hooks_count(name: str):
     """Draws in several batches, beams and trees: sequential passes and tokens are those that torch's hooks see."""
     policy, reward = toys.policy(), toys.reward()
     for problem in toys.problems(3):
-        (free,), _ = decode(DECODERS[name], [problem])
-        ledger = Ledger(1)
+        (free,), _ = decode(name, [problem])
         with hooked(policy.backbone.base, reward.backbone.base) as (ours, theirs):
-            limited(name, flops=0.8 * free.curve[-1].flops).decode([problem], policy, reward, ledger)
+            _, ledger = decode(name, [problem], flops=0.8 * free.curve[-1].flops)
         for hook, model in ((ours, "policy"), (theirs, "reward")):
             cost = ledger.cost(0, model=model, direction="forward")
             assert cost.sequential == hook.forwards

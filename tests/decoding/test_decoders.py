@@ -20,6 +20,7 @@ from nabla_rl.decoding import (
     Sample,
     Sampling,
     SelfConsistency,
+    Setting,
 )
 from nabla_rl.dto import DTOConfig
 from nabla_rl.ledger import Ledger
@@ -29,43 +30,55 @@ from nabla_rl.rewards.sequence_classifier import SequenceClassifierReward
 from nabla_rl.types import UserError
 from tests import toys_hf as toys
 
-SAMPLING = Sampling(max_new_tokens=8)
+SAMPLING = Sampling(1.0, max_new_tokens=8)
 STEPS = {"num_steps": 4, "step_size": 1.0, "final_step_size": 1.0}
-NABLA = Nabla(DTOConfig(**STEPS), max_rollouts=4, min_entropy=0.5, sampling=SAMPLING, seed=1)
+NABLA = Nabla(DTOConfig(**STEPS), max_rollouts=4, min_entropy=0.5, sweeps=1)
 PUBLISHED = Nabla(
-    DTOConfig(), beta=1e-3, acceptance="reward", max_rollouts=8, min_entropy=0.25, min_gradient_norm=8.0,
-    resample_temperature=0.5, resample_top_p=0.95, sampling=Sampling(0.6, 0.95, 8),
+    DTOConfig(), acceptance="reward", max_rollouts=8, min_entropy=0.25, min_gradient_norm=8.0,
+    resample_temperature=0.5, resample_top_p=0.95, sweeps=1,
 )  # fmt: skip
 DECODERS: dict[str, AbstractDecoder] = {
-    "greedy": Greedy(SAMPLING),
-    "sample": Sample(SAMPLING, seed=3),
-    "self_consistency": SelfConsistency(n=3, sampling=SAMPLING, extract=extract_line),
-    "best_of_n-energy": BestOfN(n=4, sampling=SAMPLING),
-    "best_of_n-reward": BestOfN(n=4, choose_by="reward", sampling=SAMPLING),
-    "best_of_n-vote": BestOfN(n=4, choose_by="weighted_vote", sampling=SAMPLING, extract=extract_line),
-    "beam-token": BeamSearch(width=3, expand=3, step="token", sampling=SAMPLING),
-    "beam-line": BeamSearch(width=3, expand=2, step_tokens=3, score="reward", sampling=SAMPLING, seed=2),
-    "mcts-line": MCTS(iterations=6, branching=2, step_tokens=3, sampling=SAMPLING),
-    "mcts-token": MCTS(iterations=6, branching=2, step="token", selection="uct", sampling=SAMPLING),
+    "greedy": Greedy(),
+    "sample": Sample(),
+    "self_consistency": SelfConsistency(n=3),
+    "best_of_n-energy": BestOfN(n=4),
+    "best_of_n-reward": BestOfN(n=4, choose_by="reward"),
+    "best_of_n-vote": BestOfN(n=4, choose_by="weighted_vote"),
+    "beam-token": BeamSearch(width=3, expand=3, step="token"),
+    "beam-line": BeamSearch(width=3, expand=2, step_tokens=3, score="reward"),
+    "mcts-line": MCTS(iterations=6, branching=2, step_tokens=3),
+    "mcts-token": MCTS(iterations=6, branching=2, step="token", selection="uct"),
     "nabla": NABLA,
     "nabla-published": PUBLISHED,
     "nabla-support": replace(NABLA, support=4),
-    "nabla-reward": replace(NABLA, acceptance="reward", beta=0.1),
+    "nabla-reward": replace(NABLA, acceptance="reward"),
     "nabla-metropolis": replace(NABLA, acceptance="metropolis", sweeps=2),
     "nabla-gumbel": replace(NABLA, dto=DTOConfig(relaxation="gumbel_softmax", **STEPS)),
     "nabla-softmax": replace(NABLA, dto=DTOConfig(relaxation="softmax", **STEPS), support=5),
     "nabla-sweeps": replace(NABLA, sweeps=3, max_rollouts=12, min_gradient_norm=2.0),
-    "nabla-nucleus": replace(NABLA, sampling=Sampling(0.7, 0.9, 8), resample_temperature=0.7, resample_top_p=0.9),
+    "nabla-nucleus": replace(NABLA, resample_temperature=0.7, resample_top_p=0.9),
 }
+GIVEN: dict[str, dict] = {
+    "sample": {"seed": 3},
+    "beam-line": {"seed": 2},
+    **{name: {"seed": 1} for name in DECODERS if name.startswith("nabla")},
+    "nabla-published": {"beta": 1e-3, "sampling": Sampling(0.6, 0.95, 8)},
+    "nabla-reward": {"seed": 1, "beta": 0.1},
+    "nabla-nucleus": {"seed": 1, "sampling": Sampling(0.7, 0.9, 8)},
+}
+"""What each of them is given besides `SAMPLING`."""
 NABLAS = [name for name in DECODERS if name.startswith("nabla")]
 SEARCHES = [*NABLAS, "beam-token", "beam-line", "mcts-line", "mcts-token"]
 
 
 def decode(
-    decoder: AbstractDecoder, problems: list[Problem], policy=None, reward=None
+    decoder: str | AbstractDecoder, problems: list[Problem], policy=None, reward=None, **given
 ) -> tuple[list[Decoded], Ledger]:
-    ledger = Ledger(len(problems))
-    return decoder.decode(problems, policy or toys.policy(), reward or toys.reward(), ledger), ledger
+    """What one of `DECODERS`, or another decoder, answers."""
+    setting = {"sampling": SAMPLING, "extract": extract_line, **given}
+    if isinstance(decoder, str):
+        decoder, setting = DECODERS[decoder], {**setting, **GIVEN.get(decoder, {})}
+    return toys.decode(decoder, problems, policy, reward, **setting)
 
 
 @cache
@@ -104,12 +117,12 @@ def test_results_do_not_depend_on_the_batch(name: str):
     """
     problems = toys.problems(16)
     models = double_models()
-    whole, ledger = decode(DECODERS[name], problems, *models)
+    whole, ledger = decode(name, problems, *models)
     assert len({len(r.ids) for r in whole}) > 2
     order = torch.randperm(16).tolist()
     batches = [order, [0, 1, 2], [7, 3, 5], *([i] for i in range(5))]
     for batch in batches:
-        part, costs = decode(DECODERS[name], [problems[i] for i in batch], *models)
+        part, costs = decode(name, [problems[i] for i in batch], *models)
         for row, i in enumerate(batch):
             assert_same(part[row], whole[i])
             for model in ("policy", "reward"):
@@ -124,10 +137,10 @@ def test_results_do_not_depend_on_the_batch(name: str):
 def test_the_seed_and_the_problem_decide():
     """Another seed draws other completions; problems of the same text but other ids are drawn independently."""
     problems = [Problem(f"q{i}", "cab") for i in range(6)]
-    one, two = (decode(Sample(SAMPLING, seed=seed), problems)[0] for seed in (0, 1))
+    one, two = (decode(Sample(), problems, seed=seed)[0] for seed in (0, 1))
     assert [r.ids for r in one] != [r.ids for r in two]
     assert len({r.ids for r in one}) > 3
-    greedy, _ = decode(Greedy(SAMPLING), problems)
+    greedy, _ = decode(Greedy(), problems)
     assert len({r.ids for r in greedy}) == 1
 
 
@@ -150,8 +163,7 @@ def test_every_rollout_is_what_a_fresh_computation_says(name: str, kind: str, te
     policy = Policy(toys.build_llama(eos_token_id=[2, 9, 17]), tokenizer)
     reward = REWARDS[kind](tokenizer)
     problems = toys.problems(4)
-    decoder = DECODERS[name]
-    results, _ = decode(decoder, problems, policy, reward)
+    results, _ = decode(name, problems, policy, reward)
     for problem, result in zip(problems, results, strict=True):
         prompt = policy.encode_prompt(problem.problem)
         for tried in result.rollouts:
@@ -166,7 +178,7 @@ def test_every_rollout_is_what_a_fresh_computation_says(name: str, kind: str, te
                 whole = toys.reference_reward(reward.backbone.model, prompt, tried.ids)
                 assert tried.reward == pytest.approx(whole, abs=2e-4)
             assert tried.text == policy.decode(tried.ids)
-            assert 1 <= len(tried.ids) <= decoder.sampling.max_new_tokens
+            assert 1 <= len(tried.ids) <= SAMPLING.length
             ends = set(policy.eos_ids.tolist())
             assert not ends & set(tried.ids[:-1])
         chosen = next(c for c in result.rollouts if c.ids == result.ids)
@@ -178,14 +190,9 @@ def test_every_rollout_is_what_a_fresh_computation_says(name: str, kind: str, te
 def test_best_of_one_is_the_sample():
     """Best-of-1, self-consistency with 1, and ∇-Reasoner and tree search with one rollout give the plain sample."""
     problems = toys.problems(6)
-    samples, _ = decode(Sample(SAMPLING, seed=4), problems)
-    for decoder in (
-        BestOfN(n=1, sampling=SAMPLING, seed=4),
-        SelfConsistency(n=1, sampling=SAMPLING, seed=4),
-        replace(NABLA, max_rollouts=1, seed=4),
-        MCTS(iterations=1, sampling=SAMPLING, seed=4),
-    ):
-        found, _ = decode(decoder, problems)
+    samples, _ = decode(Sample(), problems, seed=4)
+    for decoder in (BestOfN(n=1), SelfConsistency(n=1), replace(NABLA, max_rollouts=1), MCTS(iterations=1)):
+        found, _ = decode(decoder, problems, seed=4)
         assert [r.ids for r in found] == [s.ids for s in samples]
         assert [r.logps for r in found] == pytest.approx([s.logps for s in samples], abs=1e-4)
 
@@ -193,7 +200,7 @@ def test_best_of_one_is_the_sample():
 def test_more_draws_contain_the_fewer():
     """Draw j depends on (seed, problem, j): best-of-4's first two rollouts are best-of-2's."""
     problems = toys.problems(4)
-    four, two = (decode(BestOfN(n=n, sampling=SAMPLING), problems)[0] for n in (4, 2))
+    four, two = (decode(BestOfN(n=n), problems)[0] for n in (4, 2))
     for many, few in zip(four, two, strict=True):
         assert [c.ids for c in many.rollouts[:2]] == [c.ids for c in few.rollouts]
         assert len({c.ids for c in many.rollouts}) > 1
@@ -202,8 +209,8 @@ def test_more_draws_contain_the_fewer():
 def test_the_best_is_chosen():
     """On real rollouts, best-of-n by reward has the highest reward, and by energy the lowest -r/β - log π."""
     problems = toys.problems(6)
-    by_reward, _ = decode(BestOfN(n=4, choose_by="reward", sampling=SAMPLING), problems)
-    by_energy, _ = decode(BestOfN(n=4, beta=0.5, sampling=SAMPLING), problems)
+    by_reward, _ = decode(BestOfN(n=4, choose_by="reward"), problems)
+    by_energy, _ = decode(BestOfN(n=4), problems, beta=0.5)
     for result in by_reward:
         assert result.reward == max(c.reward for c in result.rollouts)
     for result in by_energy:
@@ -214,8 +221,11 @@ def test_the_best_is_chosen():
 @pytest.mark.parametrize("name", ["best_of_n-energy", "nabla", "beam-token", "mcts-line"])
 def test_a_decoder_that_needs_a_reward_says_so(name: str):
     """Without a reward model the refusal names the decoder and the argument."""
-    with pytest.raises(UserError, match="expected a reward model, found none. Pass --model.reward.name"):
-        DECODERS[name].decode(toys.problems(1), toys.policy(), None, Ledger(1))
+    with pytest.raises(
+        UserError,
+        match=f"^reward.name: expected a reward model for {DECODERS[name].name}, found none. Name one, or leave",
+    ):
+        DECODERS[name].decode(toys.problems(1), Setting(toys.policy(), None, Ledger(1)))
 
 
 @pytest.mark.parametrize("name", ["greedy", "best_of_n-energy", "nabla"])
@@ -223,9 +233,9 @@ def test_what_does_not_fit_the_context_is_refused_by_problem(name: str):
     """Prompt and completion that exceed the context together are an error with the problem's id and the figures."""
     problems = [*toys.problems(1), Problem("long", "a" * 90)]
     with pytest.raises(UserError, match=r"problem 'long': .*context of 96 tokens, found 92 \+ 8"):
-        decode(DECODERS[name], problems)
-    with pytest.raises(UserError, match="problem: expected a non-empty text"):
-        decode(DECODERS[name], [Problem("blank", " ")])
+        decode(name, problems)
+    with pytest.raises(UserError, match="expected a non-empty text"):
+        decode(name, [Problem("blank", " ")])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -234,12 +244,12 @@ def test_other_precisions_decode(name: str, dtype: torch.dtype):
     """Weights in float64 or bfloat16 decode, with finite figures, and float64 makes float32's decisions."""
     policy = Policy(toys.build_llama(eos_token_id=[2, 9, 17]).to(dtype), toys.tokenizer())
     reward = SequenceClassifierReward(toys.build_classifier().to(dtype), toys.tokenizer())
-    results, ledger = decode(DECODERS[name], toys.problems(5), policy, reward)
+    results, ledger = decode(name, toys.problems(5), policy, reward)
     assert all(
         torch.isfinite(torch.tensor([r.logps, r.reward, ledger.cost(i).flops])).all() for i, r in enumerate(results)
     )
     if dtype == torch.float64:
-        expected, _ = decode(DECODERS[name], toys.problems(5))
+        expected, _ = decode(name, toys.problems(5))
         assert [r.ids for r in results] == [r.ids for r in expected]
 
 
@@ -248,7 +258,9 @@ def test_learned_positions_decode():
     policy = Policy(toys.build_gpt2(n_positions=16), toys.tokenizer())
     reward = SequenceClassifierReward(toys.build_gpt2_classifier(n_positions=16), toys.tokenizer())
     problems = [Problem(f"p{i}", "abcdef") for i in range(8)]
-    results, _ = decode(replace(NABLA, sweeps=2, max_rollouts=8, acceptance="reward"), problems, policy, reward)
+    results, _ = decode(
+        replace(NABLA, sweeps=2, max_rollouts=8, acceptance="reward"), problems, policy, reward, seed=1
+    )
     assert sum(r.proposals for r in results) > 20
 
 
@@ -261,8 +273,7 @@ def test_a_reward_model_padded_to_another_size_decodes_alike(name: str):
     table[: toys.VOCAB] = weights["model.embed_tokens.weight"]
     wide.load_state_dict({**weights, "model.embed_tokens.weight": table})
     results = [
-        decode(DECODERS[name], toys.problems(5), reward=SequenceClassifierReward(m, toys.tokenizer()))[0]
-        for m in (model, wide)
+        decode(name, toys.problems(5), reward=SequenceClassifierReward(m, toys.tokenizer()))[0] for m in (model, wide)
     ]
     assert sum(r.proposals for r in results[0]) > 5
     for found, expected in zip(*results, strict=True):

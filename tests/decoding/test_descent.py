@@ -7,21 +7,19 @@ from dataclasses import replace
 from nabla_rl.decoding import Sample, Sampling
 from nabla_rl.decoding.descent import Descent, cut_at_end
 from nabla_rl.dto import DTOConfig
-from nabla_rl.ledger import Ledger
 from tests import toys_hf as toys
 
-SAMPLING = Sampling(max_new_tokens=8)
-DESCENT = Descent(DTOConfig(num_steps=6, step_size=1.0, final_step_size=1.0, beta=0.2), SAMPLING, seed=3)
+GIVEN = {"beta": 0.2, "sampling": Sampling(1.0, max_new_tokens=8), "seed": 3}
+DESCENT = Descent(DTOConfig(num_steps=6, step_size=1.0, final_step_size=1.0))
 
 
 def answers(decoder, problems) -> list[tuple[int, ...]]:
-    ledger = Ledger(len(problems))
-    return [tuple(one.ids) for one in decoder.decode(problems, toys.policy(), toys.reward(), ledger)]
+    return [tuple(one.ids) for one in toys.decode(decoder, problems, **GIVEN)[0]]
 
 
 def test_without_steps_it_is_a_sample_and_with_steps_tokens_move():
     problems = toys.problems(10)
-    sampled = answers(Sample(SAMPLING, seed=3), problems)
+    sampled = answers(Sample(), problems)
     still = answers(replace(DESCENT, config=DTOConfig(num_steps=0)), problems)
     assert still == sampled
     moved = answers(DESCENT, problems)
@@ -36,9 +34,7 @@ def test_a_batch_is_each_problem_alone_and_costs_gradients():
     problems = toys.problems(6)
     together = answers(DESCENT, problems)
     assert together == [answers(DESCENT, [problem])[0] for problem in problems]
-    ledger, bare = Ledger(6), Ledger(6)
-    DESCENT.decode(problems, toys.policy(), toys.reward(), ledger)
-    Sample(SAMPLING, seed=3).decode(problems, toys.policy(), toys.reward(), bare)
+    (_, ledger), (_, bare) = (toys.decode(decoder, problems, **GIVEN) for decoder in (DESCENT, Sample()))
     assert all(ledger.cost(k).flops > 2 * bare.cost(k).flops for k in range(6))
 
 

@@ -1,17 +1,16 @@
-"""Edit search: one loop whose proposals are the policy's, exact values, first-order values, or at random."""
+"""Edit search: one search whose proposals are exact values, first-order values, or the policy's own."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from nabla_rl.data.problems import Problem
-from nabla_rl.decoding import AbstractDecoder, BestOfN, Sampling
 from nabla_rl.budget import Budget, point_at
-from nabla_rl.decoding.edit_search import EditSearch, shuffled
+from nabla_rl.decoding import EditSearch, Sampling, Setting
 from nabla_rl.functional.energy import compute_energy
 from nabla_rl.ledger import Ledger
 from nabla_rl.models.policy import Policy
@@ -19,25 +18,23 @@ from nabla_rl.rewards.likelihood import LikelihoodReward
 from nabla_rl.types import UserError
 from tests import toys_hf as toys
 
-SAMPLING = Sampling(temperature=0.0, max_new_tokens=8)
-BASE = EditSearch(sampling=SAMPLING, alternatives=4, budget=Budget(rollouts=6), seed=2)
+GIVEN = {"sampling": Sampling(0.3, 0.95, 8), "budget": Budget(rollouts=6), "seed": 2}
+BASE = EditSearch("policy", alternatives=4, min_drop=0.0, acceptance="energy")
+VALUE = replace(BASE, proposals="value", min_score=-math.inf)
 VARIANTS = {
     "policy": BASE,
-    "value": replace(BASE, proposals="value"),
-    "value-prefix": replace(BASE, proposals="value", acceptance="prefix", min_score=0.0),
-    "gradient": replace(BASE, proposals="gradient", weight=0.5, width=2),
-    "random": replace(BASE, proposals="random", min_entropy=0.5),
-    "random_gradient": replace(BASE, proposals="random_gradient", min_drop=0.01),
-    "sampled": replace(BASE, proposals="value", sampling=Sampling(0.8, 0.95, 8), width=3),
-    "starts": replace(BASE, proposals="value", starts=3, start_temperature=0.7, width=2),
-    "restarts": replace(BASE, proposals="value", acceptance="prefix", min_score=0.0, restarts=3),
-    "gibbs": replace(BASE, proposals="gradient", edit_temperature=1.0, width=2),
+    "policy-entropy": replace(BASE, min_entropy=0.5),
+    "policy-located": replace(BASE, min_drop=0.01, acceptance="prefix"),
+    "value": VALUE,
+    "value-prefix": replace(VALUE, acceptance="prefix", min_score=None),
+    "gradient": replace(BASE, proposals="gradient", weight=0.5),
+    "gradient-located": replace(BASE, proposals="gradient", min_drop=0.01),
+    "sampled": replace(VALUE, temperature=0.8),
 }
 
 
-def run(decoder: AbstractDecoder, problems, reward=None):
-    ledger = Ledger(len(problems))
-    return decoder.decode(problems, toys.policy(), reward or toys.reward(), ledger), ledger
+def run(decoder: EditSearch, problems, reward=None, **changes):
+    return toys.decode(decoder, problems, reward=reward, **{**GIVEN, **changes})
 
 
 def energy(candidate, beta: float = 1.0) -> float:
@@ -97,7 +94,7 @@ def test_what_it_says_of_its_completions_is_what_a_fresh_pass_says(name):
 def test_a_smaller_budget_gives_what_the_curve_says(name, budget):
     problems = toys.problems(6)
     full, ledger = run(VARIANTS[name], problems)
-    less, spent = run(replace(VARIANTS[name], budget=budget), problems)
+    less, spent = run(VARIANTS[name], problems, budget=budget)
     for index, (whole, part) in enumerate(zip(full, less, strict=True)):
         point = point_at(whole.curve, budget)
         assert whole.rollouts[point.chosen].ids == part.ids
@@ -111,7 +108,7 @@ def test_a_smaller_budget_gives_what_the_curve_says(name, budget):
 def test_exact_values_rank_edits_as_the_tilted_policy_does():
     """The first edit tried is the one of largest log-odds and change of value, found by reading every prefix."""
     problems, policy, judge = toys.problems(5), toys.policy(), toys.reward()
-    results, _ = run(replace(VARIANTS["value"], budget=Budget(rollouts=2)), problems)
+    results, _ = run(VARIANTS["value"], problems, budget=Budget(rollouts=2))
     for problem, result in zip(problems, results, strict=True):
         first, zero = list(result.rollouts[0].ids), torch.zeros(1, dtype=torch.int64)
         log_probs = policy.completion_log_probs(
@@ -136,7 +133,7 @@ def test_a_likelihood_judge_has_exact_first_order_values():
     judge = LikelihoodReward(Policy(toys.build_llama(seed=5), toys.tokenizer()))
     problems = toys.problems(6)
     exact, _ = run(VARIANTS["value"], problems, judge)
-    first_order, _ = run(replace(VARIANTS["value"], proposals="gradient"), problems, judge)
+    first_order, _ = run(replace(VALUE, proposals="gradient"), problems, judge)
     assert [[c.ids for c in r.rollouts] for r in exact] == [[c.ids for c in r.rollouts] for r in first_order]
 
 
@@ -154,120 +151,38 @@ def test_positions_that_surely_hold_no_error_are_left_alone():
 
 
 def test_an_edit_is_not_tried_twice_from_the_same_prefix():
-    for result in run(replace(VARIANTS["policy"], budget=Budget(rollouts=40)), toys.problems(6))[0]:
+    for result in run(replace(BASE, max_rollouts=40), toys.problems(6), budget=Budget())[0]:
         assert len({c.ids for c in result.rollouts}) == len(result.rollouts)
 
 
-def test_shuffled_changes_are_the_same_numbers_elsewhere():
-    changes = torch.arange(12.0).view(3, 4)
-    mixed = shuffled(changes, torch.Generator().manual_seed(0))
-    assert torch.equal(mixed.sort(-1).values, changes) and not torch.equal(mixed, changes)
-
-
-# Several starts, restarts, and the stop where the judge is sure
-
-
-def drawn(problems, sampling: Sampling, *, seed: int, n: int) -> list[list[tuple[int, ...]]]:
-    """The first n independent draws of each problem, as best-of-n has them."""
-    return [[c.ids for c in r.rollouts] for r in run(BestOfN(n, sampling=sampling, seed=seed), problems)[0]]
-
-
-@pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_the_search_begins_from_the_best_of_its_starts(temperature):
-    problems = toys.problems(10)
-    decoder = replace(BASE, starts=4, start_temperature=temperature)
-    draws = drawn(problems, Sampling(temperature, max_new_tokens=8), seed=2, n=4)
-    greedy, later = run(BASE, problems)[0], 0
-    for draw, first, result in zip(draws, greedy, run(decoder, problems)[0], strict=True):
-        assert [c.ids for c in result.rollouts[:4]] == [first.rollouts[0].ids, *draw[1:]]
-        energies = [energy(c) for c in result.rollouts[:4]]
-        assert result.trace[0].energy_before == pytest.approx(min(energies))
-        assert [point.rollouts for point in result.curve[:3]] == [1, 4, 5]
-        later += energies[0] > min(energies)
-    assert later > 2
-
-
-def test_a_search_begins_anew_where_it_has_converged_and_nowhere_else():
-    """Up to there it is the search without restarts; fresh completions follow, and never more than allowed."""
-    problems = toys.problems(10)
-    once_only = replace(VARIANTS["restarts"], restarts=0, budget=Budget())
-    draws = drawn(problems, Sampling(1.0, max_new_tokens=8), seed=2, n=16)
-    better = 0
-    for starts, times in ((1, 1), (1, 3), (2, 2)):
-        again = replace(once_only, restarts=times, starts=starts, max_rollouts=16)
-        alone = run(replace(again, restarts=0), problems)[0]
-        for draw, short, long in zip(draws, alone, run(again, problems)[0], strict=True):
-            length = len(short.rollouts)
-            assert length < 16 and [c.ids for c in long.rollouts[:length]] == [c.ids for c in short.rollouts]
-            tried = [[(e.position, e.new_token, e.accepted) for e in result.trace] for result in (short, long)]
-            assert tried[1][: len(tried[0])] == tried[0]
-            assert [c.ids for c in long.rollouts[length : length + starts]] == draw[length : length + starts]
-            fresh = len(long.rollouts) - len(long.trace) - 1
-            assert long.counts["fresh_rollouts"] == fresh <= starts * (times + 1) - 1
-            assert long.counts["restarts"] == times or len(long.rollouts) == 16
-            assert energy(long.rollouts[long.curve[-1].chosen]) == min(energy(c) for c in long.rollouts)
-            better += long.ids != short.ids
-    assert better > 0
-
-
-def chance(problem, ids) -> float:
-    """The judge's smallest probability over all prefixes, by a fresh reading."""
-    judge, ids = toys.reward(), torch.tensor([ids])
-    prefix = judge.prefill([problem.problem], torch.zeros(1, dtype=torch.int64), Ledger(1))
-    return float(judge.values(prefix, ids, torch.ones_like(ids).bool()).sigmoid().min())
-
-
-@pytest.mark.parametrize("name", ["policy", "restarts", "starts"])
-def test_nothing_more_is_tried_once_the_judge_is_sure_of_the_answer(name):
-    problems, threshold = toys.problems(12), 0.2
-    free = run(VARIANTS[name], problems)[0]
-    stopped = run(replace(VARIANTS[name], stop_at=threshold), problems)[0]
-    fewer = 0
-    for problem, short, long in zip(problems, stopped, free, strict=True):
-        held = [chance(problem, long.rollouts[point.chosen].ids) >= threshold for point in long.curve]
-        points = held.index(True) + 1 if any(held) else len(held)
-        assert len(short.curve) == points
-        assert [c.ids for c in short.rollouts] == [c.ids for c in long.rollouts[: long.curve[points - 1].rollouts]]
-        assert short.ids == long.rollouts[long.curve[points - 1].chosen].ids
-        fewer += points < len(held)
-    assert 0 < fewer < len(problems)
-
-
-@pytest.mark.parametrize("options", [{"width": 4}, {"starts": 9}, {"starts": 3, "restarts": 9, "min_score": 0.0}])
-def test_rollouts_in_all_are_at_most_what_is_allowed(options):
-    results = run(replace(BASE, proposals="value", max_rollouts=7, budget=Budget(), **options), toys.problems(4))[0]
+def test_rollouts_in_all_are_at_most_what_is_allowed():
+    results, _ = run(replace(VALUE, max_rollouts=7), toys.problems(4), budget=Budget())
     assert max(len(result.rollouts) for result in results) == 7
 
 
-# Edits drawn from the first-order Gibbs conditional
+def test_the_temperature_is_the_searchs_own():
+    """At 0 the shared temperature changes nothing, and the first completion is the policy's likeliest one."""
+    problems, policy = toys.problems(6), toys.policy()
+    one, two = (run(VALUE, problems, sampling=Sampling(t, 0.95, 8))[0] for t in (0.0, 1.5))
+    assert [r.rollouts for r in one] == [r.rollouts for r in two]
+    for problem, result in zip(problems, one, strict=True):
+        first = toys.greedy(policy, toys.prefill(policy, [policy.encode_prompt(problem.problem)]), 8)
+        assert list(result.rollouts[0].ids) == first.ids[0, first.mask[0]].tolist()
+    warm, again, other = (run(VARIANTS["sampled"], problems, seed=seed)[0] for seed in (2, 2, 3))
+    assert [r.rollouts for r in warm] == [r.rollouts for r in again] != [r.rollouts for r in other]
 
 
-def test_edits_are_drawn_in_proportion_to_what_they_promise():
-    """First edits of many like problems against softmax(s/T) of all scores, and pairs of a round without
-    replacement."""
-    whole = replace(BASE, proposals="gradient", alternatives=3, width=99, max_rollouts=99, budget=Budget(rollouts=2))
-    [result] = run(whole, toys.problems(1))[0]
-    edits = {(e.position, e.new_token): e.score for e in result.trace}
-    assert len(edits) == len(result.trace) > 10
-    text, n = toys.problems(1)[0].problem, 600
-    law = torch.tensor(list(edits.values())).div(3.0).softmax(-1)
-    twice = replace(whole, width=2, edit_temperature=3.0)
-    firsts, pairs = torch.zeros(len(edits)), 0
-    for result in run(twice, [Problem(str(k), text) for k in range(n)])[0]:
-        first, second = ((e.position, e.new_token) for e in result.trace)
-        firsts[list(edits).index(first)] += 1
-        pairs += first != second
-    assert pairs == n
-    assert float((firsts / n - law).abs().sum()) / 2 < 0.09 < float((1 / len(edits) - law).abs().sum()) / 2
-
-
-def test_at_a_low_temperature_the_best_edits_are_drawn():
-    problems = toys.problems(6)
-    cold = replace(VARIANTS["value"], edit_temperature=1e-4)
-    warm = replace(VARIANTS["value"], edit_temperature=2.0)
-    expected, found, other = (run(d, problems)[0] for d in (VARIANTS["value"], cold, warm))
-    assert [r.rollouts for r in found] == [r.rollouts for r in expected]
-    assert [r.rollouts for r in other] != [r.rollouts for r in expected]
+@pytest.mark.parametrize(
+    ("decoder", "least"),
+    [(EditSearch(), 0.0), (EditSearch("gradient"), -math.inf), (EditSearch("policy"), -math.inf),
+     (EditSearch(min_score=0.5), 0.5), (EditSearch("policy", min_score=0.0), 0.0)],
+)  # fmt: skip
+def test_no_least_score_is_zero_for_exact_values_and_no_limit_otherwise(decoder: EditSearch, least: float):
+    assert decoder.least_score == least
+    results, _ = run(replace(decoder, min_drop=0.0), toys.problems(8), budget=Budget())
+    scores = [edit.score for result in results for edit in result.trace]
+    assert all(score >= least for score in scores)
+    assert any(score < 0 for score in scores) == (least < 0)
 
 
 # The sharpened control
@@ -281,8 +196,8 @@ class SharpenedProposals(Policy):
 
     temperature = 1.0
 
-    def rollout(self, prefix, **options):
-        rolled = super().rollout(prefix, **{**options, "keep_logits": True})
+    def rollout(self, prefix, sampling, generators=None, **options):
+        rolled = super().rollout(prefix, sampling, generators, **{**options, "keep_logits": True})
         assert rolled.logits is not None
         log_probs = (rolled.logits / self.temperature).log_softmax(-1)
         top = log_probs.topk(options["keep_top"], -1)
@@ -296,11 +211,16 @@ def sharpened(temperature: float) -> SharpenedProposals:
     return policy
 
 
+def run_with(policy: Policy, decoder: EditSearch):
+    sampling = Sampling(0.3, 1.0, 8)
+    return toys.decode(decoder, toys.problems(8), policy, sampling=sampling, budget=Budget(rollouts=12), seed=2)[0]
+
+
 SHARPENED = {
     "everywhere": BASE,
     "located, by prefix": replace(BASE, acceptance="prefix", min_drop=0.02),
-    "several a round, sampled": replace(BASE, width=3, sampling=Sampling(0.8, 1.0, 8)),
-    "only promised gains": replace(BASE, min_score=0.0, sampling=Sampling(1.0, 1.0, 8)),
+    "sampled": replace(BASE, temperature=0.8),
+    "only promised gains": replace(BASE, min_score=0.0, temperature=1.0),
 }
 
 
@@ -308,9 +228,7 @@ SHARPENED = {
 @pytest.mark.parametrize("name", SHARPENED)
 def test_the_sharpened_control_is_the_twin(name, temperature):
     """Proposals of the policy at another temperature: the same edits in the same order, the same answers."""
-    problems = toys.problems(8)
-    decoder = replace(SHARPENED[name], budget=Budget(rollouts=12))
-    twin, control = (decoder.decode(problems, sharpened(t), toys.reward(), Ledger(8)) for t in (1.0, temperature))
+    twin, control = (run_with(sharpened(t), SHARPENED[name]) for t in (1.0, temperature))
     assert any(result.trace for result in twin)
     for one, other in zip(twin, control, strict=True):
         assert [c.ids for c in one.rollouts] == [c.ids for c in other.rollouts] and one.ids == other.ids
@@ -318,22 +236,22 @@ def test_the_sharpened_control_is_the_twin(name, temperature):
         assert [e.score for e in other.trace] == pytest.approx([e.score / temperature for e in one.trace], abs=1e-4)
 
 
-@pytest.mark.parametrize("options", [{"proposals": "value"}, {"edit_temperature": 1.0}, {"min_score": -2.0}])
+@pytest.mark.parametrize("options", [{"proposals": "value", "min_score": -math.inf}, {"min_score": -2.0}])
 def test_where_the_sharpened_control_would_not_be_the_twin(options):
-    """With a value beside the odds, drawn edits, or another bar than 0, a temperature does change the search."""
-    problems, decoder = toys.problems(8), replace(BASE, **options, budget=Budget(rollouts=12))
-    one, other = (decoder.decode(problems, sharpened(t), toys.reward(), Ledger(8)) for t in (1.0, 0.2))
+    """With a value beside the odds, or another bar than 0, a temperature does change the search."""
+    one, other = (run_with(sharpened(t), replace(BASE, **options)) for t in (1.0, 0.2))
     assert [[c.ids for c in r.rollouts] for r in one] != [[c.ids for c in r.rollouts] for r in other]
 
 
-def test_settings_and_rewards_that_cannot_be_used_are_refused():
-    with pytest.raises(UserError, match=r"edit_search.width: expected at least 1, found 0"):
-        EditSearch(width=0)
-    with pytest.raises(UserError, match=r"edit_search.restarts: expected at least 0, found -1"):
-        EditSearch(restarts=-1)
-    with pytest.raises(UserError, match=r"edit_search.start_temperature: expected a positive number, found 0"):
-        EditSearch(start_temperature=0.0)
-    with pytest.raises(UserError, match=r"edit_search.stop_at: expected a probability in \(0, 1\].* found 90"):
-        EditSearch(stop_at=90)
-    with pytest.raises(UserError, match="expected a reward model"):
-        EditSearch().decode(toys.problems(1), toys.policy(), None, Ledger(1))
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("alternatives", 1), ("max_rollouts", 1), ("min_entropy", 0), ("min_drop", 0), ("temperature", 0)],
+)
+def test_bad_settings_are_refused_by_name(name: str, least: int):
+    with pytest.raises(UserError, match=f"^edit_search.{name}: expected at least {least}, found {least - 1}"):
+        EditSearch(**{name: least - 1})
+
+
+def test_a_search_without_a_reward_is_refused():
+    with pytest.raises(UserError, match="reward.name: expected a reward model for edit_search, found none"):
+        EditSearch().decode(toys.problems(1), Setting(toys.policy(), None, Ledger(1)))

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nabla_rl.decoding import MCTS, BestOfN, Decoded, Sampling
+from nabla_rl.decoding import MCTS, AbstractDecoder, BestOfN, Decoded, Sampling
 from nabla_rl.decoding import mcts as module
 from nabla_rl.decoding.steps import cut_steps
 from nabla_rl.ledger import Ledger
@@ -18,12 +18,12 @@ from tests import toys_hf as toys
 from tests.decoding.test_beam import energies, every_completion, reward_of
 from tests.test_ledger import hooked
 
-TREE = MCTS(iterations=12, branching=3, step="segment", step_tokens=2, beta=0.5, sampling=Sampling(max_new_tokens=8))
+TREE = MCTS(iterations=12, branching=3, step="segment", step_tokens=2)
+GIVEN = {"beta": 0.5, "sampling": Sampling(1.0, max_new_tokens=8)}
 
 
-def decode(decoder: MCTS, problems, reward=None) -> tuple[list[Decoded], Ledger]:
-    ledger = Ledger(len(problems))
-    return decoder.decode(problems, toys.policy(), reward or toys.reward(), ledger), ledger
+def decode(decoder: AbstractDecoder, problems, reward=None, **changes) -> tuple[list[Decoded], Ledger]:
+    return toys.decode(decoder, problems, reward=reward, **{**GIVEN, **changes})
 
 
 def grown(decoder: MCTS, problems, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Decoded], list]:
@@ -41,11 +41,10 @@ def test_with_many_iterations_it_finds_the_best_completion():
     """On completions of two tokens, many draws end with the one of lowest energy of all that there are."""
     policy, reward = toys.policy(), toys.reward()
     completions = every_completion(policy, 2)
-    decoder = replace(
-        TREE, iterations=400, branching=120, step="token", exploration=4.0, sampling=Sampling(max_new_tokens=2)
-    )
+    decoder = replace(TREE, iterations=400, branching=120, step="token", exploration=4.0)
     problems = toys.problems(3)
-    for problem, result in zip(problems, decode(decoder, problems)[0], strict=True):
+    results, _ = decode(decoder, problems, sampling=Sampling(1.0, max_new_tokens=2))
+    for problem, result in zip(problems, results, strict=True):
         expected = energies(problem, policy, reward, completions, 0.5)
         assert list(result.ids) == completions[int(expected.argmin())]
 
@@ -98,9 +97,7 @@ def test_selection_is_the_formula():
 def test_the_first_draws_are_best_of_ns():
     """Until the root is full, rollouts are the samples of best-of-n; wide open, the whole search is best-of-n."""
     problems = toys.problems(5)
-    samples = BestOfN(n=12, beta=0.5, sampling=TREE.sampling).decode(
-        problems, toys.policy(), toys.reward(), Ledger(len(problems))
-    )
+    samples, _ = decode(BestOfN(n=12), problems)
     narrow, wide = (decode(replace(TREE, branching=branching), problems)[0] for branching in (3, 12))
     for sampled, few, many in zip(samples, narrow, wide, strict=True):
         assert [c.ids for c in few.rollouts[:3]] == [c.ids for c in sampled.rollouts[:3]]
@@ -122,7 +119,7 @@ def test_it_draws_where_the_reward_is_high():
 
 def test_it_ends_when_nothing_is_left():
     """A greedy policy has one completion: after `branching` draws of it every node is closed."""
-    results, _ = decode(replace(TREE, sampling=Sampling(0.0, 1.0, 8)), toys.problems(4))
+    results, _ = decode(TREE, toys.problems(4), sampling=Sampling(0.0, 1.0, 8))
     for result in results:
         assert len(result.rollouts) == 3 and len({c.ids for c in result.rollouts}) == 1
 
@@ -133,9 +130,8 @@ def test_the_ledger_is_what_hooks_count(kind: str):
     policy, reward = toys.policy(), reward_of(kind)
     judge = reward.judge.backbone if kind == "likelihood" else reward.backbone
     for problem in toys.problems(3):
-        ledger = Ledger(1)
         with hooked(policy.backbone.base, judge.base) as (ours, theirs):
-            (result,) = TREE.decode([problem], policy, reward, ledger)
+            (result,), ledger = decode(TREE, [problem], reward)
         for hook, model in ((ours, "policy"), (theirs, "reward")):
             cost = ledger.cost(0, model=model)
             assert (cost.sequential, cost.calls, cost.tokens) == (hook.forwards, hook.forwards, hook.positions)
@@ -147,7 +143,7 @@ def test_the_ledger_is_what_hooks_count(kind: str):
 def test_the_same_seed_gives_the_same_output():
     """Rollouts are drawn by seed, problem and number."""
     problems = toys.problems(6)
-    one, two, other = (decode(replace(TREE, seed=seed), problems)[0] for seed in (0, 0, 1))
+    one, two, other = (decode(TREE, problems, seed=seed)[0] for seed in (0, 0, 1))
     assert [r.rollouts for r in one] == [r.rollouts for r in two]
     assert [[c.ids for c in r.rollouts] for r in one] != [[c.ids for c in r.rollouts] for r in other]
 
@@ -165,6 +161,6 @@ def test_the_answer_is_the_rollout_of_lowest_energy():
 
 @pytest.mark.parametrize("name", ["iterations", "branching", "step_tokens", "exploration"])
 def test_bad_settings_are_refused_by_name(name: str):
-    """A setting out of range names itself as the command line spells it."""
+    """A setting out of range names itself, dotted as the Python API has it."""
     with pytest.raises(UserError, match=f"mcts.{name}: expected at least"):
         replace(TREE, **{name: -1})

@@ -9,11 +9,11 @@ from itertools import pairwise
 import pytest
 import torch
 
+from nabla_rl.budget import Budget
 from nabla_rl.data.problems import Problem
 from nabla_rl.decoding import Decoded, Nabla, Sampling
 from nabla_rl.decoding import nabla as module
 from nabla_rl.decoding.acceptance import Standing
-from nabla_rl.budget import Budget
 from nabla_rl.decoding.objective import Objective, choose_support, gradient_candidates
 from nabla_rl.dto import DTOConfig
 from nabla_rl.functional.energy import energy_gradient
@@ -21,20 +21,17 @@ from nabla_rl.ledger import Ledger
 from nabla_rl.models.policy import Policy
 from nabla_rl.rewards.likelihood import LikelihoodReward
 from nabla_rl.rewards.sequence_classifier import SequenceClassifierReward
-from nabla_rl.types import UserError
 from tests import toys_hf as toys
 
 STEPS = {"num_steps": 4, "step_size": 1.0, "final_step_size": 1.0}
-NABLA = Nabla(
-    DTOConfig(**STEPS), max_rollouts=6, min_entropy=0.5, sampling=Sampling(max_new_tokens=8), seed=1, beta=0.3
-)
+NABLA = Nabla(DTOConfig(**STEPS), max_rollouts=6, min_entropy=0.5, sweeps=1)
+GIVEN = {"beta": 0.3, "sampling": Sampling(1.0, max_new_tokens=8), "seed": 1}
 POLICY_ONLY = replace(NABLA, dto=DTOConfig(num_steps=0))
 RANDOM = torch.Generator
 
 
-def decode(decoder: Nabla, problems: list[Problem], reward=None) -> tuple[list[Decoded], Ledger]:
-    ledger = Ledger(len(problems))
-    return decoder.decode(problems, toys.policy(), reward or toys.reward(), ledger), ledger
+def decode(decoder: Nabla, problems: list[Problem], reward=None, **changes) -> tuple[list[Decoded], Ledger]:
+    return toys.decode(decoder, problems, reward=reward, **{**GIVEN, **changes})
 
 
 def other_reward() -> SequenceClassifierReward:
@@ -98,14 +95,11 @@ def test_metropolis_is_given_the_right_standings(monkeypatch: pytest.MonkeyPatch
         return len(seen) % 2 == 0
 
     monkeypatch.setitem(module.RULES, "metropolis", record)
-    sampling = Sampling(0.8, 0.9, 8)
-    decoder = replace(
-        POLICY_ONLY, acceptance="metropolis", sampling=sampling, resample_temperature=1.3, sweeps=3, max_rollouts=12
-    )
+    decoder = replace(POLICY_ONLY, acceptance="metropolis", resample_temperature=1.3, sweeps=3, max_rollouts=12)
     policy = toys.policy()
     for problem in toys.problems(6):
         seen.clear()
-        (result,), _ = decode(decoder, [problem])
+        (result,), _ = decode(decoder, [problem], sampling=Sampling(0.8, 0.9, 8))
         prompt, current = policy.encode_prompt(problem.problem), result.rollouts[0]
         assert len(seen) == len(result.trace)
         for (standing, new, uniform), edit, proposed in zip(seen, result.trace, result.rollouts[1:], strict=True):
@@ -123,16 +117,17 @@ def test_metropolis_is_given_the_right_standings(monkeypatch: pytest.MonkeyPatch
 
 def test_metropolis_accepts_the_policys_own_proposals_without_a_reward():
     """With β infinite and no gradient step, proposals are draws of the target: every one of them is accepted."""
-    decoder = replace(POLICY_ONLY, acceptance="metropolis", beta=math.inf)
-    results, _ = decode(decoder, toys.problems(10))
+    decoder = replace(POLICY_ONLY, acceptance="metropolis")
+    results, _ = decode(decoder, toys.problems(10), beta=math.inf)
     assert sum(r.proposals for r in results) > 20
     assert all(edit.accepted for r in results for edit in r.trace)
 
 
 def test_without_a_reward_weight_the_reward_has_no_say():
     """At β = ∞ the energy is -log π, and another reward model changes neither proposals, gradients nor decisions."""
-    decoder = replace(NABLA, beta=math.inf)
-    (ours, _), (others, _) = (decode(decoder, toys.problems(8), r) for r in (toys.reward(), other_reward()))
+    (ours, _), (others, _) = (
+        decode(NABLA, toys.problems(8), r, beta=math.inf) for r in (toys.reward(), other_reward())
+    )
     for one, two in zip(ours, others, strict=True):
         assert [c.ids for c in one.rollouts] == [c.ids for c in two.rollouts]
         for edit, other in zip(one.trace, two.trace, strict=True):
@@ -148,10 +143,8 @@ def test_without_a_reward_weight_the_reward_has_no_say():
 def test_without_steps_proposals_are_the_policys_own():
     """At T = 0 the first edit's token is drawn from the policy's own law, and no gradient is paid for."""
     problems = [Problem(f"q{i}", "cab") for i in range(600)]
-    decoder = replace(
-        POLICY_ONLY, max_rollouts=2, min_entropy=0.0, resample_temperature=0.8, sampling=Sampling(0.0, 1.0, 4)
-    )
-    results, ledger = decode(decoder, problems)
+    decoder = replace(POLICY_ONLY, max_rollouts=2, min_entropy=0.0, resample_temperature=0.8)
+    results, ledger = decode(decoder, problems, sampling=Sampling(0.0, 1.0, 4))
     assert {phase for phase, _, _ in ledger.rows} == {"prefill", "rollout", "score", "accept"}
     assert not any(direction == "backward" for _, _, direction in ledger.rows) and ledger.cached.sum() == 0
     policy = toys.policy()
@@ -169,9 +162,9 @@ def test_without_steps_proposals_are_the_policys_own():
 
 def test_descent_moves_proposals_down_the_energy():
     """With steps and a strong reward, proposals differ from the policy's own, and raise the reward more."""
-    decoder = replace(NABLA, resample_temperature=0.0, beta=0.05, min_entropy=0.0, max_rollouts=20)
-    moved, _ = decode(replace(decoder, dto=DTOConfig(num_steps=20, step_size=0.5)), toys.problems(8))
-    plain, _ = decode(replace(decoder, dto=DTOConfig(num_steps=0)), toys.problems(8))
+    decoder = replace(NABLA, resample_temperature=0.0, min_entropy=0.0, max_rollouts=20)
+    moved, _ = decode(replace(decoder, dto=DTOConfig(num_steps=20, step_size=0.5)), toys.problems(8), beta=0.05)
+    plain, _ = decode(replace(decoder, dto=DTOConfig(num_steps=0)), toys.problems(8), beta=0.05)
     assert [r.trace for r in moved] != [r.trace for r in plain]
     gain = [sum(e.reward_after - e.reward_before for e in r.trace) / max(len(r.trace), 1) for r in moved]
     base = [sum(e.reward_after - e.reward_before for e in r.trace) / max(len(r.trace), 1) for r in plain]
@@ -243,7 +236,7 @@ def test_without_a_gradient_proposals_are_as_far_as_their_temperature_says():
     results, _ = decode(POLICY_ONLY, toys.problems(4))
     assert all(r.proposal_kl == pytest.approx(0.0, abs=1e-6) for r in results if r.counts.get("visited", 0))
     problem, policy = toys.problems(1)[0], toys.policy()
-    (result,), _ = decode(replace(POLICY_ONLY, budget=Budget(rollouts=1)), [problem])
+    (result,), _ = decode(POLICY_ONLY, [problem], budget=Budget(rollouts=1))
     assert result.proposal_kl is None  # no position was visited
     for temperature in (0.5, 0.0):
         decoder = replace(POLICY_ONLY, resample_temperature=temperature, max_rollouts=2, min_entropy=0.0)
@@ -258,20 +251,6 @@ def test_without_a_gradient_proposals_are_as_far_as_their_temperature_says():
 def _sharpened(log_probs: torch.Tensor, temperature: float) -> torch.Tensor:
     new = (log_probs / temperature).log_softmax(-1)
     return (new.exp() * (new - log_probs)).sum()
-
-
-def test_hidden_states_are_moved_in_place_of_logits():
-    """Hidden states give other proposals than logits at an equal divergence, cost two heads a position and step more,
-    and need the whole vocabulary."""
-    step = DTOConfig(1, optimizer="sgd", weight_decay=0.0, trust_region=0.3)
-    plain, hidden = (replace(NABLA, dto=replace(step, hidden_states=flag)) for flag in (False, True))
-    (one, free), (two, tied) = (decode(decoder, toys.problems(6)) for decoder in (plain, hidden))
-    assert [r.trace for r in one] != [r.trace for r in two]
-    # less only where the best token is too likely for a divergence of 0.3
-    assert max(r.proposal_kl or 0.0 for r in two) == pytest.approx(0.3, abs=1e-4)
-    assert free.cost(0, model="policy", phase="dto").flops == 0 < tied.cost(0, model="policy", phase="dto").flops
-    with pytest.raises(UserError, match=r"nabla\.support: expected null with nabla\.dto\.hidden_states, found 5"):
-        replace(hidden, support=5)
 
 
 def test_gradients_start_where_the_first_visit_can_be(monkeypatch: pytest.MonkeyPatch):
@@ -298,8 +277,8 @@ def test_a_selector_that_picks_nothing_leaves_the_sample():
 def test_every_sweep_is_made_with_a_gradient_threshold(monkeypatch: pytest.MonkeyPatch):
     """A search whose gradient does not reach back to the start of a new sweep is probed again, not given up."""
     searches: list = []
-    finish = module._finish
-    monkeypatch.setattr(module, "_finish", lambda search: searches.append(search) or finish(search))
+    answer = module._answer
+    monkeypatch.setattr(module, "_answer", lambda search: searches.append(search) or answer(search))
     decoder = replace(NABLA, sweeps=3, max_rollouts=40, min_gradient_norm=8.0, resample_temperature=2.0)
     results, _ = decode(decoder, toys.problems(8))
     assert all(search.sweep == 3 for search in searches)

@@ -13,7 +13,7 @@ from nabla_rl.duality.landscape import Landscape, random_landscape
 from nabla_rl.duality.networks import completion_landscape, likely_tokens
 from nabla_rl.duality.space import Space
 from nabla_rl.ledger import Ledger
-from nabla_rl.models.loading import PolicyOptions, RewardOptions, load_classifier, load_policy
+from nabla_rl.models.loading import RewardOptions, load_classifier, load_policy
 from nabla_rl.rewards.sequence_classifier import SequenceClassifierReward
 from nabla_rl.types import UserError
 
@@ -74,8 +74,8 @@ def test_a_landscape_checks_what_it_is_given():
 @pytest.fixture(scope="module")
 def networks():
     cpu = torch.device("cpu")
-    policy = load_policy(PolicyOptions(dtype="float64"), family="sorting", device=cpu)
-    model, tokenizer = load_classifier(RewardOptions(dtype="float64"), family="sorting", device=cpu)
+    policy = load_policy("sorting/tiny-policy", dtype="float64", device=cpu)
+    model, tokenizer = load_classifier("sorting/tiny-reward", RewardOptions(dtype="float64"), device=cpu)
     return policy, SequenceClassifierReward(model, tokenizer)
 
 

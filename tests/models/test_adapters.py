@@ -12,7 +12,7 @@ from nabla_rl.ledger import Ledger
 from nabla_rl.models.adapters import LoraOptions, attach_adapter, merge_adapter
 from nabla_rl.models.flops import FlopFormula
 from nabla_rl.models.groups import group_logits
-from nabla_rl.models.loading import PolicyOptions, load_policy
+from nabla_rl.models.loading import load_policy
 from nabla_rl.models.policy import Policy
 from nabla_rl.types import UserError
 from tests import toys_hf
@@ -111,7 +111,7 @@ def test_the_ledger_has_forward_and_backward_of_a_group():
 def test_saved_adapter_loads_in_a_fresh_process_and_decodes(tmp_path):
     """By `PeftModel.from_pretrained`, and merged by `PolicyOptions.adapter`: the same logits as when it was saved."""
     base = toys_cli.save(toys_hf.build_llama(), tmp_path / "base")
-    actor = load_policy(PolicyOptions(str(base)), family="sorting", device=torch.device("cpu"))
+    actor = load_policy(str(base), device="cpu")
     adapter = attach_adapter(actor, OPTIONS)
     change(adapter)
     expected = logits(actor)
@@ -120,7 +120,7 @@ def test_saved_adapter_loads_in_a_fresh_process_and_decodes(tmp_path):
     assert {file.name for file in folder.iterdir()} == {
         "README.md", "adapter_config.json", "adapter_model.safetensors",
     }  # fmt: skip
-    loaded = load_policy(PolicyOptions(str(base), adapter=str(folder)), family="sorting", device=torch.device("cpu"))
+    loaded = load_policy(str(base), adapter=str(folder), device="cpu")
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
     assert not any(weight.requires_grad for weight in loaded.parameters())
     script = """

@@ -9,6 +9,7 @@ from nabla_rl.functional.energy import energy_gradient
 from nabla_rl.ledger import Ledger
 from nabla_rl.models.backbone import Backbone, Prefix
 from nabla_rl.models.policy import Policy
+from nabla_rl.models.sampling import Sampling
 from nabla_rl.rewards.sequence_classifier import SequenceClassifierReward
 from nabla_rl.types import UserError
 from tests import toys_hf as toys
@@ -131,7 +132,7 @@ def test_a_prefix_is_not_changed_by_what_is_fed_after_it(policy: Policy):
     first = policy.completion_logps(prefix, ids, mask)
     probs = toys.one_hot(ids).requires_grad_()
     torch.autograd.grad(policy.completion_log_probs(prefix, probs, mask).sum(), probs)
-    policy.rollout(prefix, generators=None, max_new_tokens=4, keep_encoded=True)
+    toys.greedy(policy, prefix, 4, keep_states=True)
     assert all(torch.equal(a, b) for a, b in zip(before, tensors_of(prefix), strict=True))
     assert torch.equal(policy.completion_logps(prefix, ids, mask), first)
 
@@ -144,7 +145,7 @@ def test_a_cut_anywhere_is_a_fresh_prefill(policy: Policy, source: str):
     if source == "rollout":
         generators = [torch.Generator().manual_seed(i) for i in range(4)]
         budgets = torch.tensor([7, 3, 5, 1])
-        drawn = policy.rollout(prefix, generators=generators, max_new_tokens=7, keep_encoded=True, budgets=budgets)
+        drawn = policy.rollout(prefix, Sampling(1.0, max_new_tokens=7), generators, lengths=budgets, keep_states=True)
         ids, mask, encoded = drawn.ids, drawn.mask, drawn.encoded
         fed = mask.sum(-1) - 1
         assert len(set(fed.tolist())) > 1
@@ -258,9 +259,7 @@ def test_double_precision_stays_double():
     torch.testing.assert_close(
         found[0], toys.reference_logps(policy.backbone.model, prompt, row), rtol=1e-12, atol=1e-12
     )
-    drawn = policy.rollout(
-        toys.prefill(policy, [prompt]), generators=None, max_new_tokens=3, keep_logits=True, keep_encoded=True
-    )
+    drawn = toys.greedy(policy, toys.prefill(policy, [prompt]), 3, keep_logits=True, keep_states=True)
     assert drawn.logps.dtype == drawn.logits.dtype == torch.float64
 
 

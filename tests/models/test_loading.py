@@ -32,27 +32,27 @@ def test_a_saved_model_comes_back_the_same(tmp_path: Path):
     for name, saved in (("policy", policy), ("reward", model)):
         saved.save_pretrained(tmp_path / name)
         toys.tokenizer().save_pretrained(tmp_path / name)
-    loaded = load_policy(PolicyOptions(name=str(tmp_path / "policy"), dtype="float64"), family="sorting", device=CPU)
+    loaded = load_policy(str(tmp_path / "policy"), dtype="float64", device=CPU)
     assert loaded.backbone.weight.dtype == torch.float64
     assert loaded.encode_prompt("cab") == toys.policy().encode_prompt("cab")
     ids = torch.tensor([[4, 5, 6]])
     torch.testing.assert_close(
         loaded.backbone.model(input_ids=ids).logits.float(), policy(input_ids=ids).logits, atol=1e-5, rtol=1e-5
     )
-    judge, tokenizer = load_classifier(RewardOptions(name=str(tmp_path / "reward")), family="sorting", device=CPU)
+    judge, tokenizer = load_classifier(str(tmp_path / "reward"), RewardOptions(), device=CPU)
     assert tokenizer.get_vocab() == toys.tokenizer().get_vocab()
     torch.testing.assert_close(judge(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path):
     """A path without config.json, an unknown name and a model without a tokenizer each name their argument."""
-    with pytest.raises(UserError, match="--model.policy.name: expected a model folder"):
-        load_policy(PolicyOptions(name=str(tmp_path)), family="sorting", device=CPU)
-    with pytest.raises(UserError, match="--model.reward.name: expected a folder, a Hub name"):
-        load_classifier(RewardOptions(name="no-such-model"), family="sorting", device=CPU)
+    with pytest.raises(UserError, match="^policy.name: expected a model folder"):
+        load_policy(PolicyOptions(name=str(tmp_path)), device=CPU)
+    with pytest.raises(UserError, match="^reward.name: expected a folder, a Hub name"):
+        load_classifier("no-such-model", RewardOptions(), device=CPU)
     toys.build_llama().save_pretrained(tmp_path / "bare")
     with pytest.raises(UserError, match="expected a tokenizer beside"):
-        load_policy(PolicyOptions(name=str(tmp_path / "bare")), family="sorting", device=CPU)
+        load_policy(str(tmp_path / "bare"), device=CPU)
 
 
 def test_auto_is_float32_off_the_gpu():
@@ -77,9 +77,9 @@ def test_a_wrong_name_without_a_connection_is_refused_within_seconds(monkeypatch
     with pytest.raises(
         UserError, match=rf"found 'nobody/none', .* cannot be reached \(http://127.0.0.1:{port}: "
     ) as e:
-        load_policy(PolicyOptions(name="nobody/none"), family="sorting", device=CPU, argument="model.x")
+        load_policy("nobody/none", device=CPU, argument="teacher")
     assert time.perf_counter() - start < 10
-    assert str(e.value).startswith("--model.x: expected a folder, a Hub name or an embedded model")
+    assert str(e.value).startswith("teacher.name: expected a folder, a Hub name or an embedded model")
 
 
 def test_what_the_hub_answers_is_left_to_the_libraries(monkeypatch):

@@ -8,16 +8,19 @@ import torch
 from nabla_rl.functional.logps import top_p_filter
 from nabla_rl.functional.seeding import seeded_generator
 from nabla_rl.models.policy import Policy
+from nabla_rl.models.sampling import Sampling
 from nabla_rl.types import UserError
 from tests import toys_hf as toys
 
 FAMILIES = {"llama": toys.build_llama, "gpt2": toys.build_gpt2, "window": toys.build_mistral}
 
 
-def draw(policy: Policy, prompts: list[list[int]], keys: list[int], **options):
-    options = {"max_new_tokens": 12, **options}
+TWELVE = Sampling(1.0, max_new_tokens=12)
+
+
+def draw(policy: Policy, prompts: list[list[int]], keys: list[int], sampling: Sampling = TWELVE, **options):
     generators = [seeded_generator("draw", key) for key in keys]
-    return policy.rollout(toys.prefill(policy, prompts), generators=generators, **options)
+    return policy.rollout(toys.prefill(policy, prompts), sampling, generators, **options)
 
 
 def rows_of(rollout) -> list[list[int]]:
@@ -38,7 +41,7 @@ def test_greedy_equals_generate(family: str):
     """A left-padded greedy batch is what Hugging Face's own greedy generate gives for each prompt alone."""
     policy = Policy(FAMILIES[family](eos_token_id=[2, 9, 17]), toys.tokenizer())
     prompts = toys.prompts(5)
-    found = rows_of(policy.rollout(toys.prefill(policy, prompts), generators=None, max_new_tokens=9))
+    found = rows_of(toys.greedy(policy, toys.prefill(policy, prompts), 9))
     for prompt, row in zip(prompts, found, strict=True):
         ids = torch.tensor([prompt])
         expected = policy.backbone.model.generate(
@@ -50,8 +53,8 @@ def test_greedy_equals_generate(family: str):
 def test_temperature_zero_is_greedy():
     """Temperature 0 ignores the generators, and its sampling law is certain."""
     policy, prompts = toys.policy(), toys.prompts(3)
-    greedy = policy.rollout(toys.prefill(policy, prompts), generators=None, max_new_tokens=8)
-    cold = draw(policy, prompts, [1, 2, 3], temperature=0.0, max_new_tokens=8)
+    greedy = toys.greedy(policy, toys.prefill(policy, prompts), 8)
+    cold = draw(policy, prompts, [1, 2, 3], Sampling(0.0, max_new_tokens=8))
     assert rows_of(greedy) == rows_of(cold)
     assert (cold.sampling_logps == 0).all() and (cold.logps[cold.mask] < 0).all()
 
@@ -84,7 +87,7 @@ def test_a_rows_sample_depends_on_its_generator_alone(family: str):
 def test_log_probabilities_of_samples(temperature: float, top_p: float):
     """logps are the policy's at temperature 1, sampling_logps those of the tempered, truncated law, logits raw."""
     policy, prompts = toys.policy(), toys.prompts(5)
-    drawn = draw(policy, prompts, list(range(5)), temperature=temperature, top_p=top_p, keep_logits=True)
+    drawn = draw(policy, prompts, list(range(5)), Sampling(temperature, top_p, 12), keep_logits=True)
     assert (drawn.logps[~drawn.mask] == 0).all() and (drawn.sampling_logps[~drawn.mask] == 0).all()
     for row, (prompt, ids) in enumerate(zip(prompts, rows_of(drawn), strict=True)):
         n, tokens = len(ids), torch.tensor(ids)[:, None]
@@ -103,9 +106,8 @@ def test_sampled_frequencies_follow_the_law(temperature: float, top_p: float):
     prefix = toys.prefill(policy, [prompt]).select(torch.zeros(n, dtype=torch.long))
     generators = [torch.Generator().manual_seed(i) for i in range(n)]
     forced = torch.full((n,), 5)
-    options = {"generators": generators, "temperature": temperature, "top_p": top_p}
-    one = policy.rollout(prefix, max_new_tokens=1, **options)
-    two = policy.rollout(prefix, max_new_tokens=2, first_tokens=forced, **options)
+    one = policy.rollout(prefix, Sampling(temperature, top_p, 1), generators)
+    two = policy.rollout(prefix, Sampling(temperature, top_p, 2), generators, first_tokens=forced)
     laws = [
         toys.reference_log_probs(policy.backbone.model, prompt, [5])[0],
         toys.reference_log_probs(policy.backbone.model, prompt, [5, 5])[1],
@@ -120,23 +122,24 @@ def test_sampled_frequencies_follow_the_law(temperature: float, top_p: float):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_first_tokens_and_budgets(family: str):
-    """A row starts with its given token and never exceeds its budget, or the context, whoever is beside it."""
+def test_first_tokens_and_lengths(family: str):
+    """A row starts with its given token and never exceeds its length, or the context, whoever is beside it."""
     policy = Policy(FAMILIES[family](), toys.tokenizer())
     context = policy.backbone.context_length
     prompts = [toys.prompts(1)[0], *([3] * (context - 4 + i) for i in range(3)), *([4, 5 + i] for i in range(7))]
-    budgets = torch.tensor([12, 4, 3, 2, *[12] * 7])
+    lengths = torch.tensor([12, 4, 3, 2, *[12] * 7])
     first = torch.tensor([5, 6, 7, 8, *[10] * 7])
     keys = list(range(len(prompts)))
-    options = {"first_tokens": first, "budgets": budgets, "keep_encoded": True}
-    drawn = draw(policy, prompts, keys, **options)
+    drawn = draw(policy, prompts, keys, first_tokens=first, lengths=lengths, keep_states=True)
     rows = rows_of(drawn)
     assert drawn.ids[:, 0].tolist() == first.tolist()
     assert (drawn.sampling_logps[:, 0] == 0).all()
-    assert all(len(row) <= budget for row, budget in zip(rows, budgets.tolist(), strict=True))
-    assert any(len(row) == budget for row, budget in zip(rows, budgets.tolist(), strict=True))
+    assert all(len(row) <= length for row, length in zip(rows, lengths.tolist(), strict=True))
+    assert any(len(row) == length for row, length in zip(rows, lengths.tolist(), strict=True))
     for i in range(4):
-        alone = draw(policy, [prompts[i]], [i], first_tokens=first[i : i + 1], max_new_tokens=int(budgets[i]))
+        alone = draw(
+            policy, [prompts[i]], [i], Sampling(1.0, max_new_tokens=int(lengths[i])), first_tokens=first[i : i + 1]
+        )
         assert rows_of(alone) == [rows[i]]
         assert bool(drawn.finished[i]) == (rows[i][-1] == 2)
         expected = toys.reference_logps(policy.backbone.model, prompts[i], rows[i])
@@ -149,7 +152,7 @@ def test_a_completion_ends_at_any_end_of_sequence_token():
     model.generation_config.eos_token_id = [9, 17]
     policy = Policy(model, toys.tokenizer())
     assert policy.eos_ids.tolist() == [2, 9, 17]
-    drawn = draw(policy, [[4, 5]] * 40, list(range(40)), max_new_tokens=30)
+    drawn = draw(policy, [[4, 5]] * 40, list(range(40)), Sampling(1.0, max_new_tokens=30))
     rows = rows_of(drawn)
     ends = {row[-1] for row, finished in zip(rows, drawn.finished.tolist(), strict=True) if finished}
     assert ends == {2, 9, 17}
@@ -172,5 +175,5 @@ def test_weights_that_are_not_numbers_are_refused():
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     policy = Policy(model, toys.tokenizer())
-    with pytest.raises(UserError, match="policy: expected finite logits"):
+    with pytest.raises(UserError, match="policy.dtype: expected finite logits"):
         draw(policy, toys.prompts(1), [0])

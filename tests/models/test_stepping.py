@@ -9,6 +9,7 @@ from transformers import LlamaModel
 from nabla_rl.functional.seeding import seeded_generator
 from nabla_rl.ledger import Ledger
 from nabla_rl.models.policy import Policy
+from nabla_rl.models.sampling import Sampling
 from nabla_rl.models.stepping import GenericSteps, LlamaSteps, is_plain_llama, open_steps
 from tests import toys_hf as toys
 
@@ -56,8 +57,8 @@ def test_a_rollout_and_its_account_are_the_same_either_way(greedy: bool):
         ledger = Ledger(2)
         prefix = policy.prefill(PROMPTS["padded"], torch.tensor([0, 0, 1, 1]), ledger)
         rollout = policy.rollout(
-            prefix, generators=None if greedy else [seeded_generator(0, i) for i in range(4)], max_new_tokens=9,
-            keep_encoded=True, keep_entropy=True, keep_top=3,
+            prefix, Sampling(0.0 if greedy else 1.0, max_new_tokens=9), [seeded_generator(0, i) for i in range(4)],
+            keep_states=True, keep_top=3,
         )  # fmt: skip
         found.append((rollout, ledger))
         if handle is not None:

@@ -245,5 +245,5 @@ def test_what_is_no_reward_model_is_refused():
     with torch.no_grad():
         model.score.weight.fill_(float("nan"))
     reward = SequenceClassifierReward(model, toys.tokenizer())
-    with pytest.raises(UserError, match="reward: expected finite scores"):
+    with pytest.raises(UserError, match="reward.dtype: expected finite scores"):
         reward.score(start(reward), *toys.pad_right(toys.completions(4)))

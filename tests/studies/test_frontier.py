@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nabla_rl.budget import Budget, Point, point_at
 from nabla_rl.cli import app as cli
 from nabla_rl.cli import decode as decode_cli
 from nabla_rl.cli.decode import CONFIGS
-from nabla_rl.budget import Budget, Point, point_at
 from nabla_rl.decoding.module import Decoding
 from nabla_rl.report.frontier import QUANTITIES, ROW
 from nabla_rl.studies import frontier as module

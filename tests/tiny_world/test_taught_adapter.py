@@ -10,9 +10,9 @@ import torch
 
 from nabla_rl.cli.train_tiny import TaughtOptions, TrainTinyOptions, train
 from nabla_rl.data.tiny import SORTING
-from nabla_rl.decoding.module import load_reward
 from nabla_rl.models.adapters import LoraOptions, build_adapter
-from nabla_rl.models.loading import PolicyOptions, RewardOptions, load_classifier, load_policy
+from nabla_rl.models.loading import RewardOptions, load_classifier, load_policy
+from nabla_rl.rewards.loading import load_reward
 from nabla_rl.rewards.sequence_classifier import SequenceClassifierReward
 from nabla_rl.tiny_world.taught import TaughtBatches, TinyTaught, taught_loss
 from nabla_rl.types import UserError
@@ -21,9 +21,9 @@ CPU = torch.device("cpu")
 
 
 def parts(lora: LoraOptions) -> TinyTaught:
-    policy = load_policy(PolicyOptions("tiny-policy"), family="sorting", device=CPU)
-    judge, tokenizer = load_classifier(RewardOptions("tiny-reward"), family="sorting", device=CPU)
-    copy, _ = load_classifier(RewardOptions("tiny-reward"), family="sorting", device=CPU)
+    policy = load_policy("sorting/tiny-policy", device=CPU)
+    judge, tokenizer = load_classifier("sorting/tiny-reward", RewardOptions(), device=CPU)
+    copy, _ = load_classifier("sorting/tiny-reward", RewardOptions(), device=CPU)
     copy.set_attn_implementation("eager")
     reward = SequenceClassifierReward(judge, tokenizer, proposer=copy)
     adapter = build_adapter(copy, lora, argument="model.taught.lora")
@@ -65,10 +65,10 @@ def test_the_command_saves_an_adapter_that_decoding_loads_as_proposer(tmp_path: 
     assert train(options, run_dir=str(tmp_path / "run"), accelerator="cpu") == folder
     assert {file.name for file in folder.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
     assert not (folder / "model.safetensors").exists()
-    plain = load_reward(RewardOptions("tiny-reward"), family="sorting", device=CPU)
-    taught = load_reward(RewardOptions("tiny-reward", taught=str(folder)), family="sorting", device=CPU)
+    plain = load_reward("sorting/tiny-reward", device=CPU)
+    taught = load_reward("sorting/tiny-reward", taught=str(folder), device=CPU)
     assert isinstance(plain, SequenceClassifierReward) and isinstance(taught, SequenceClassifierReward)
-    policy = load_policy(PolicyOptions("tiny-policy"), family="sorting", device=CPU)
+    policy = load_policy("sorting/tiny-policy", device=CPU)
     batch = next(iter(TaughtBatches(SORTING, policy, plain, batch_size=3, alternatives=4, seed=1)))
     found = [
         judge.fork_changes(batch.tracks, batch.positions, batch.ids, batch.mask, batch.alternatives)[batch.mask]
@@ -96,9 +96,9 @@ def test_bad_input_is_one_line_that_names_the_option(name: str, taught: TaughtOp
 
 
 def test_an_adapter_of_another_judge_is_refused_in_one_line(tmp_path: Path):
-    other, _ = load_classifier(RewardOptions("tiny-reward"), family="words", device=CPU)
+    other, _ = load_classifier("words/tiny-reward", RewardOptions(), device=CPU)
     build_adapter(other, LoraOptions(r=4), argument="x").save_pretrained(str(tmp_path))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["no_such_layer"]}))
-    with pytest.raises(UserError, match="--model.reward.taught: expected an adapter of this model"):
-        load_reward(RewardOptions("tiny-reward", taught=str(tmp_path)), family="sorting", device=CPU)
+    with pytest.raises(UserError, match="reward.taught: expected an adapter of this model"):
+        load_reward("sorting/tiny-reward", taught=str(tmp_path), device=CPU)
