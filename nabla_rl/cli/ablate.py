@@ -86,7 +86,11 @@ STUDIES: dict[str, Callable[[Any, Design], AbstractStudy]] = {
     "curves": curves,
 }  # fmt: skip
 """Every kind of study by its name."""
-OWN = {"frontier": ("flops", "baseline"), "measured": ("adapters", "pairs", "adapters_dir"), "duality_exact": ("exact",)}
+OWN = {
+    "frontier": ("flops", "baseline"),
+    "measured": ("adapters", "pairs", "adapters_dir"),
+    "duality_exact": ("exact",),
+}
 """Options that one kind of study alone has."""
 
 
@@ -157,7 +161,14 @@ def build_study(options: Any) -> AbstractStudy:
             if kind != options.study and name not in ("exact", "adapters_dir") and getattr(options, name):
                 raise UserError(name, f"none with a {options.study} study", str(getattr(options, name)))
     seeds = [options.seed + seed for seed in options.seeds]
-    return STUDIES[options.study](options, Design(seeds, options.grid, options.fixed, options.variants))
+    design = Design(seeds, options.grid, options.fixed, options.variants, defaults=shipped_defaults())
+    return STUDIES[options.study](options, design)
+
+
+def shipped_defaults() -> dict[str, dict[str, Any]]:
+    """What each verb does without options, so that a study starts from the same."""
+    files = {verb: configs.default(verb) for verb in ("decode", "align", "distill")}
+    return {verb: yaml.safe_load(file.read_text(encoding="utf-8")) for verb, file in files.items() if file is not None}
 
 
 def single_options(arguments: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:

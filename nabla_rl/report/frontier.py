@@ -423,7 +423,7 @@ PLOTS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     (
         "rewards",
         "Gold reward against reward as the budget grows from the hollow mark: a line that goes right and not up has "
-        "fooled its judge",
+        "fooled its reward model",
         draw_rewards,
     ),
 )

@@ -202,6 +202,6 @@ def write_grid_figure(rows: Sequence[Row], names: Sequence[str], folder: Path) -
     figure.savefig(path.with_suffix(".png"), dpi=150)
     caption = (
         f"What {axis_name} changes. Accuracy with 95% Wilson intervals over problems, rewards with 1.96 standard "
-        "errors; gold is a judge that no decoder sees."
+        "errors; the gold reward model is one that no decoder sees."
     )
     return [(caption, path)]

@@ -9,8 +9,8 @@ Every study file speaks one language:
     variants:                                       # so is every label, within each combination of the grid
       eight rollouts: {model.edit_search.max_rollouts: 8}
 
-A name with a dot is an option of the verb that the study is about, spelled as that verb spells it. A name without a dot
-is a word of the study itself, such as `decoder` or `seeds`. Variants win over the grid, and the grid over `fixed`.
+A name with a dot is an option of the verb that the study is about, spelled as that verb spells it. A name without a
+dot is a word of the study itself, such as `decoder` or `seeds`. Variants win over the grid, and the grid over `fixed`.
 """
 
 from __future__ import annotations
@@ -105,12 +105,14 @@ class Design:
         grid: Dotted options, each with a list of values.
         fixed: Dotted options that all points share.
         variants: Label → dotted options and words of the study.
+        defaults: Verb → dotted options where a study says nothing, such as a shipped file's.
     """
 
     seeds: Sequence[int] = (0,)
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def points(self) -> list[Point]:
         """Every combination of the grid's values and variants, for every seed; the last name varies fastest."""
@@ -138,15 +140,29 @@ class Design:
             check_label(label)
         return self.points()
 
+    def plain(self) -> Row:
+        """What the study file says, as plain values."""
+        variants = {label: flatten(given) for label, given in self.variants.items()}
+        sections = {"seeds": list(self.seeds), "grid": dict(self.grid), "fixed": flatten(self.fixed)}
+        return {**sections, "variants": variants}
+
     def check_seeds(self) -> None:
         """Refuse seeds that make no points, or one point twice."""
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise UserError("seeds", "different whole numbers", str(list(self.seeds)))
 
-    def options(self, point: Point) -> Options:
-        """The options of a point, all sections merged."""
+    def options(self, point: Point, verb: str) -> Options:
+        """The options of a point for a verb, all sections merged."""
         varied = {name: value for name, value in point.values.items() if name != VARIANT}
-        return Options(self.fixed, "fixed") | Options(varied, "grid") | self.options_of(point.label)
+        return self.shared(verb) | Options(varied, "grid") | self.options_of(point.label)
+
+    def default(self, verb: str) -> Options:
+        """What holds where a study says nothing."""
+        return Options({name: value for name, value in flatten(self.defaults.get(verb, {})).items() if "." in name})
+
+    def shared(self, verb: str) -> Options:
+        """The options of a verb that all points share."""
+        return self.default(verb) | Options(self.fixed, "fixed")
 
     def options_of(self, label: str) -> Options:
         """The options that a variant gives itself."""

@@ -10,7 +10,7 @@ from nabla_rl.report.learning_curves import build_curves, format_curves, write_c
 from nabla_rl.report.rows import Report, Row
 from nabla_rl.run_folder import write_config
 from nabla_rl.studies.base import AbstractStudy, Design, Point, Watch
-from nabla_rl.studies.trainings import read_training, sections_of, train
+from nabla_rl.studies.trainings import SECTIONS, read_align, train
 from nabla_rl.types import UserError
 
 EVALUATIONS = "evaluations.jsonl"
@@ -26,24 +26,23 @@ class Curves(AbstractStudy):
     def __post_init__(self) -> None:
         """Refuse options that a variant cannot have, before anything is trained."""
         self.points = self.design.labelled_points("curves")
-        self.design.check_sections(sections_of("align"), "align")
+        self.design.check_sections(SECTIONS["align"], "align")
         for label in self.design.variants:
             self.design.words(label, ())
         for point in {point.label: point for point in self.points}.values():
-            read_training("align", self.design.options(point), seed=point.seed)
+            read_align(self.design.options(point, "align"), seed=point.seed)
 
     def run(self, path: Path, watch: Watch) -> None:
         if (path / "results.jsonl").is_file():
             raise UserError("run_dir", "the folder of curves", f"another run in {path}", "Choose another {run_dir}.")
-        write_config(path, {"study": "curves", "seeds": list(self.design.seeds), "fixed": dict(self.design.fixed),
-                            "variants": {label: dict(v) for label, v in self.design.variants.items()}})  # fmt: skip
+        write_config(path, {"study": "curves", **self.design.plain()})
         for number, point in enumerate(self.points, start=1):
             folder = folder_of(path, point)
             done = (folder / "summary.json").is_file()
             if not done:
                 watch.begin(number, len(self.points), f"{point.label}, seed {point.seed}")
             # a finished folder is handed over too, which is refused where it is of other options
-            train("align", self.design.options(point), seed=point.seed, folder=folder)
+            train("align", self.design.options(point, "align"), seed=point.seed, folder=folder, watch=watch)
             if not done:
                 watch.end()
 
@@ -55,9 +54,9 @@ class Curves(AbstractStudy):
         if not results:
             return None
         finished = sum(len(runs) for runs in results.values())
-        fixed = self.design.options(self.points[0])
-        split = fixed.get("data.eval_path") or f"{fixed.get('data.family', 'sorting')}"
-        title = f"{finished} of {len(self.points)} alignments ({split}), seeds {list(self.design.seeds)}"
+        data = read_align(self.design.options(self.points[0], "align"), seed=0).data
+        seeds = ", ".join(map(str, self.design.seeds))
+        title = f"{len(data.held_out)} held-out problems ({data.family.name}), seeds {seeds}"
         curves = build_curves(results)
         files = write_curves(path, curves, title)
         return Report(

@@ -7,7 +7,7 @@ read off its curve, so a list of budgets costs no more than its largest one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nabla_rl.decoding.run import batches, check_same_problems
@@ -93,7 +93,7 @@ class Frontier(AbstractStudy):
         """What a point decodes: the decoder of its variant, up to the largest budget."""
         decoder = self.design.words(point.label, WORDS)["decoder"]
         most = Options({"model.budget.flops": float(max(self.flops))}, "flops")
-        options = most | self.design.options(point)
+        options = most | self.design.options(point, "decode")
         try:
             return read_decoding(options, seed=point.seed, decoders=[decoder])
         except UserError as error:
@@ -102,12 +102,14 @@ class Frontier(AbstractStudy):
     def run(self, path: Path, watch: Watch) -> None:
         """Decode every batch of problems with every cell, so that an interrupted run has compared what it has done."""
         if (path / "results.jsonl").is_file():
-            raise UserError("run_dir", "the folder of a frontier", f"another run in {path}", "Choose another {run_dir}.")
+            raise UserError(
+                "run_dir", "the folder of a frontier", f"another run in {path}", "Choose another {run_dir}."
+            )
         self.cells = [
             Cell(p.label, p.seed, d, RunFolder(path / p.label / f"seed{p.seed}", d.config))
             for p, d in zip(self.points, self.decodings, strict=True)
         ]
-        write_config(path, {"study": "frontier", **asdict(self.design), "flops": list(self.flops),
+        write_config(path, {"study": "frontier", **self.design.plain(), "flops": list(self.flops),
                             "baseline": self.baseline})  # fmt: skip
         problems = self.decodings[0].data.problems
         for cell in self.cells:

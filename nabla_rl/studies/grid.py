@@ -36,8 +36,8 @@ class DecodeGrid(PointStudy):
         for label in self.design.variants:
             self.design.words(label, ())
         self.points = self.design.points()
-        for options in {json.dumps([*self.design.options(p).items()]): p for p in self.points}.values():
-            self.decoding(options)
+        for point in {json.dumps(dict(point.values)): point for point in self.points}.values():
+            self.decoding(point)
 
     def decisive(self) -> Row:
         variants = {label: flatten(given) for label, given in self.design.variants.items()}
@@ -45,7 +45,7 @@ class DecodeGrid(PointStudy):
 
     def decoding(self, point: Point) -> Decoding:
         """What a point decodes, and how."""
-        return read_decoding(self.design.options(point), seed=point.seed)
+        return read_decoding(self.design.options(point, "decode"), seed=point.seed)
 
     def run_point(self, point: Point, path: Path, watch: Watch) -> list[Row]:
         decoding = self.decoding(point)
@@ -87,9 +87,10 @@ def _against(group: Sequence[Row], rows: Sequence[Row], first: str | None) -> Ro
     values = group[0]["values"]
     if first is None or values[VARIANT] == first:
         return {}
-    other = [
-        row for row in rows if row["decoder"] == group[0]["decoder"] and row["values"] == {**values, VARIANT: first}
-    ]
+    there = [row for row in rows if row["values"] == {**values, VARIANT: first}]
+    same = [row for row in there if row["decoder"] == group[0]["decoder"]]
+    # a variant with another decoder is compared with the first one's only decoder
+    other = same or (there if len({row["decoder"] for row in there}) == 1 else [])
     row: Row = {}
     mine, theirs = _by_problem(group, "corrects"), _by_problem(other, "corrects")
     shared = sorted(mine.keys() & theirs.keys())

@@ -16,11 +16,11 @@ from nabla_rl.data.problems import Problem
 from nabla_rl.decoding import DECODERS, AbstractDecoder
 from nabla_rl.decoding.base import check_beta
 from nabla_rl.decoding.module import build_decoders, chosen_decoders, qualified_reward
-from nabla_rl.decoding.run import Job, batches, check_same_problems, decoder_class, finish
+from nabla_rl.decoding.run import Job, batches, check_same_problems, decoder_class
 from nabla_rl.models.loading import PolicyOptions, RewardOptions, default_device, load_policy, qualified
 from nabla_rl.models.policy import Policy
 from nabla_rl.models.sampling import Sampling
-from nabla_rl.report import write_report
+from nabla_rl.report.decoded import finish
 from nabla_rl.report.rows import Row
 from nabla_rl.rewards.base import AbstractReward
 from nabla_rl.rewards.loading import REWARDS, load_reward, reward_class
@@ -122,9 +122,7 @@ def read_decoding(options: Options, *, seed: int, decoders: Sequence[str] | None
         return _decoding(reader.plain(parsed), built, seed, decoders, dict(own))
 
 
-def _decoding(
-    plain: Row, built: Any, seed: int, names: Sequence[str] | None, own: Mapping[str, str]
-) -> Decoding:
+def _decoding(plain: Row, built: Any, seed: int, names: Sequence[str] | None, own: Mapping[str, str]) -> Decoding:
     """The parts put together, what does not go together refused."""
     model, data = built.model, built.data
     check_beta(model.beta)
@@ -166,9 +164,7 @@ class Models:
 
     def reward(self, options: RewardOptions, role: str, own: Any = None) -> AbstractReward | None:
         """A reward model; None where the options name none."""
-        return self._once(
-            (options, own), lambda: load_reward(options, device=self.device, argument=role, own=own)
-        )
+        return self._once((options, own), lambda: load_reward(options, device=self.device, argument=role, own=own))
 
     def _once(self, key: Any, load: Callable[[], Any]) -> Any:
         name = repr(key)
@@ -200,9 +196,7 @@ def decode_batch(
     for name, decoder in decoding.decoders.items():
         # a batch is decoded whole, so that a resumed run computes what an unbroken one would have
         if folder.missing([problem.id for problem in batch], name):
-            folder.append(
-                job.lines(decoder, batch, config=folder.config_hash, name=name, judge_curve=judge_curve)
-            )
+            folder.append(job.lines(decoder, batch, config=folder.config_hash, name=name, judge_curve=judge_curve))
 
 
 def decode_into(path: Path, decoding: Decoding, models: Models, watch: Watch) -> list[Row]:
@@ -218,7 +212,5 @@ def decode_into(path: Path, decoding: Decoding, models: Models, watch: Watch) ->
             decode_batch(job, decoding, folder, batch)
             done += len(batch)
         watch.step(done, len(problems))
-    summary = finish(folder, ids, names, described=decoding.config)
-    results = [folder.rows[key, name] for key in ids for name in names]
-    write_report(path / "report.html", f"decode: {path.name}", summary["rows"], results)
-    return results
+    finish(folder, ids, names, more={"seed": decoding.seed})
+    return [folder.rows[key, name] for key in ids for name in names]

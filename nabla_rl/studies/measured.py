@@ -18,11 +18,11 @@ import torch
 from nabla_rl.adapters.snapshots import snapshot_folder
 from nabla_rl.report.rows import Report, Row, finite
 from nabla_rl.run_folder import flatten
-from nabla_rl.studies.base import VARIANT, Design, Options, Point, PointStudy, Watch, one_thread, words_of
+from nabla_rl.studies.base import Design, Options, Point, PointStudy, Watch, one_thread, words_of
 from nabla_rl.studies.jobs import SECTIONS, Decoding, Models, read_decoding
 from nabla_rl.studies.laws import Sample, best_of, compare, describe, features_of, few, sample_of, tilt
 from nabla_rl.studies.sources import Source, draw, judge
-from nabla_rl.studies.trainings import TRAININGS, read_training, train
+from nabla_rl.studies.trainings import READERS, check_command, train
 from nabla_rl.types import UserError
 
 POOL = "policy"
@@ -72,8 +72,7 @@ class Measured(PointStudy):
         self.points = design.points()
         for name, adapter in self.adapters.items():
             command = words_of(adapter, ADAPTER_WORDS, f"adapters.{name}").get("command")
-            if command not in TRAININGS:
-                raise UserError(f"adapters.{name}.command", f"one of {', '.join(TRAININGS)}", repr(command))
+            check_command(command, f"adapters.{name}.command")
         for label in design.variants:
             source = self.source(label)
             if source.adapter is not None and source.adapter not in self.adapters:
@@ -91,7 +90,7 @@ class Measured(PointStudy):
             self.decoding(point)
         for family in design.grid["data.family"]:
             for name in self.adapters:
-                read_training(self.adapters[name]["command"], self.adapter_options(name, str(family)), seed=0)
+                READERS[self.adapters[name]["command"]](self.adapter_options(name, str(family)), seed=0)
 
     def source(self, label: str) -> Source:
         """The distribution of that name."""
@@ -120,7 +119,7 @@ class Measured(PointStudy):
     def decoding(self, point: Point, adapter: Path | None = None) -> Decoding:
         """What a point decodes, and how."""
         source = self.source(point.label)
-        options = self.design.options(point)
+        options = self.design.options(point, "decode")
         if source.beta is not None and "model.beta" not in self.design.options_of(point.label):
             options = options | Options({"model.beta": source.beta}, f"variants.{point.label}")
         if adapter is not None:
@@ -155,7 +154,8 @@ class Measured(PointStudy):
     def adapter_options(self, name: str, family: str) -> Options:
         """The options of the training of an adapter."""
         given = {key: value for key, value in flatten(self.adapters[name]).items() if key not in ADAPTER_WORDS}
-        return Options(given, f"adapters.{name}") | Options({"data.family": family}, "grid")
+        options = self.design.default(self.adapters[name]["command"]) | Options(given, f"adapters.{name}")
+        return options | Options({"data.family": family}, "grid")
 
     def _adapter(self, source: Source, family: str, seed: int, watch: Watch) -> tuple[float, Path | None]:
         """What training the source's adapter has cost, and its folder; it is trained where that was not done yet.
@@ -170,7 +170,7 @@ class Measured(PointStudy):
         try:
             summary = train(
                 words["command"], self.adapter_options(source.adapter, family), seed=seed, folder=run_dir,
-                snapshots=words.get("snapshots", ()),
+                snapshots=words.get("snapshots", ()), watch=watch,
             )  # fmt: skip
         except UserError as error:
             raise error.renamed(lambda name: "adapters_dir" if name in ("run_dir", "folder") else name) from error
@@ -218,7 +218,7 @@ class Measured(PointStudy):
         chosen = [pair for pair in self.pairs if all(label in samples for label in pair)]
         if not chosen:
             return []
-        shared = Options(self.design.fixed, "fixed") | Options({"data.family": family}, "grid")
+        shared = self.design.shared("decode") | Options({"data.family": family}, "grid")
         decoding = read_decoding(shared, seed=0, decoders=["sample"])
         policy = self.models.policy(replace(decoding.policy, adapter=None))
         compared = {label: few(samples[label]) for pair in chosen for label in pair}

@@ -18,7 +18,7 @@ from nabla_rl.report.summary import mean
 from nabla_rl.run_folder import flatten
 from nabla_rl.studies.base import VARIANT, Design, Options, Point, PointStudy, Watch
 from nabla_rl.studies.jobs import Models, decode_into, read_decoding
-from nabla_rl.studies.trainings import TRAININGS, read_training, right_answers, sections_of, train
+from nabla_rl.studies.trainings import READERS, SECTIONS, check_command, right_answers, train
 from nabla_rl.types import UserError
 
 WORDS = ("command", "against", "data_of")
@@ -52,15 +52,14 @@ class DistillGrid(PointStudy):
         labels = list(self.design.variants)
         for place, label in enumerate(labels):
             words = self.words(label)
-            if words["command"] not in TRAININGS:
-                raise UserError(f"variants.{label}.command", f"one of {', '.join(TRAININGS)}", repr(words["command"]))
+            check_command(words["command"], f"variants.{label}.command")
             for name, known in (("against", labels), ("data_of", labels[:place])):
                 if name in words and words[name] not in known:
                     expected = f"one of {', '.join(known)}" if known else "none for the first variant"
                     raise UserError(f"variants.{label}.{name}", expected, repr(words[name]))
-        self.design.check_sections(sections_of("distill"), "distill")
+        self.design.check_sections(SECTIONS["distill"], "distill")
         for label in labels:
-            read_training(self.words(label)["command"], self.options(label), seed=0)
+            READERS[self.words(label)["command"]](self.options(label), seed=0)
 
     def words(self, label: str) -> Row:
         """What a variant says to the study."""
@@ -68,10 +67,10 @@ class DistillGrid(PointStudy):
 
     def options(self, label: str) -> Options:
         """The options of a variant's command."""
-        fixed = flatten(self.design.fixed)
-        if self.words(label)["command"] == "align":
+        command, fixed = self.words(label)["command"], flatten(self.design.fixed)
+        if command == "align":
             fixed = {name: value for name, value in fixed.items() if name in HELD_OUT}
-        return Options(fixed, "fixed") | self.design.options_of(label)
+        return self.design.default(command) | Options(fixed, "fixed") | self.design.options_of(label)
 
     def decisive(self) -> Row:
         variants = {label: flatten(given) for label, given in self.design.variants.items()}
@@ -83,10 +82,10 @@ class DistillGrid(PointStudy):
         if words["command"] == "align":
             found = self._align(point, run_dir, watch)
         else:
-            found = self._distill(point, run_dir, words.get("data_of"))
+            found = self._distill(point, run_dir, words.get("data_of"), watch)
         return [{"decoder": "greedy", "values": dict(point.values), "seed": point.seed, **found}]
 
-    def _distill(self, point: Point, run_dir: Path, source: str | None) -> Row:
+    def _distill(self, point: Point, run_dir: Path, source: str | None, watch: Watch) -> Row:
         options = self.options(point.label)
         if source is not None:
             other = run_dir.parent / Point({VARIANT: source}, point.seed).id
@@ -94,7 +93,7 @@ class DistillGrid(PointStudy):
             # the same teacher on the same problems: its answers are there
             if not (run_dir / "eval" / "teacher").exists():
                 shutil.copytree(other / "eval" / "teacher", run_dir / "eval" / "teacher")
-        summary = train("distill", options, seed=point.seed, folder=run_dir)
+        summary = train("distill", options, seed=point.seed, folder=run_dir, watch=watch)
         made, training, paid = summary["data"], summary["training"], summary["amortisation"]
         before = "before" if (run_dir / "eval" / "before").is_dir() else "teacher"
         return {
@@ -111,7 +110,7 @@ class DistillGrid(PointStudy):
         options = self.options(point.label)
         # its own figures are of samples: a few problems will do, as all are answered greedily below
         few = Options({"data.eval_limit": 8}, f"variants.{point.label}")
-        summary = train("align", options | few, seed=point.seed, folder=run_dir)
+        summary = train("align", options | few, seed=point.seed, folder=run_dir, watch=watch)
         watch.step(1, 2, "answering the held-out problems")
         answering = {RENAMED.get(name, name): options[name] for name in HELD_OUT if name in options}
         answering |= {
