@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nabla_rl.decoding import BestOfN, Greedy, Nabla, Sample, Sampling, SelfConsistency
 from nabla_rl.dto import DTOConfig
+from nabla_rl.functional import SoftTokens
 from nabla_rl.ledger import Cost, Ledger
 from nabla_rl.models.policy import Policy
 from nabla_rl.rewards.likelihood import LikelihoodReward
@@ -122,9 +123,9 @@ def test_flops_agree_with_torchs_counter(kind: str, part: str, cached: bool):
     before = sum(ledger.cost(i).flops for i in range(3))
     with FlopCounterMode(display=False) as counter:
         if isinstance(model, Policy):
-            value = model.completion_log_probs(prefix, probs, mask, support=support, tokens=tokens)
+            value = model.completion_log_probs(prefix, SoftTokens(probs, tokens), mask, support=support)
         else:
-            value = model(prefix, probs, mask, support=support, tokens=tokens)
+            value = model(prefix, SoftTokens(probs, tokens), mask, support=support)
         if part == "backward":
             value.sum().backward()
     booked = sum(ledger.cost(i).flops for i in range(3)) - before

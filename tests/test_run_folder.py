@@ -130,7 +130,7 @@ def test_another_configuration_is_refused_by_the_name_of_what_differs(tmp_path):
     with pytest.raises(UserError) as error:
         RunFolder(tmp_path, other)
     assert str(tmp_path) in str(error.value) and "found model.beta = 1.0 there and 2.0 now" in str(error.value)
-    assert "Choose another --run_dir" in str(error.value)
+    assert "Choose another `run_dir`" in str(error.value)
     with pytest.raises(UserError, match="and 1 more settings"):
         RunFolder(tmp_path, changed(seed=1, model={**CONFIG["model"], "beta": 2.0}))
     with pytest.raises(UserError, match="extra = None there and 3 now"):
@@ -160,7 +160,7 @@ def test_a_configuration_that_cannot_be_read_is_an_error_of_the_input(tmp_path, 
     folder = RunFolder(tmp_path, CONFIG)
     folder.append(rows(folder, "a"))
     (tmp_path / "config.yaml").write_text(content)
-    with pytest.raises(UserError, match="--run_dir: expected"):
+    with pytest.raises(UserError, match="run_dir: expected"):
         RunFolder(tmp_path, CONFIG)
 
 
@@ -238,7 +238,7 @@ def test_write_json_is_whole_or_not_at_all(tmp_path):
 def test_a_path_that_is_a_file_or_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("mine")
     for path in (tmp_path / "file", tmp_path / "file" / "below", "/proc/nowhere/run"):
-        with pytest.raises(UserError, match="--run_dir: expected a folder that can be written, found none at"):
+        with pytest.raises(UserError, match="run_dir: expected a folder that can be written, found none at"):
             RunFolder(path, CONFIG)
     assert (tmp_path / "file").read_text() == "mine"
 

@@ -10,6 +10,11 @@ from torch import Tensor
 from nabla_rl.functional import SoftTokens
 
 
+def probs_of(tokens: SoftTokens | Tensor) -> Tensor:
+    """The probabilities, also where a test hands over the bare tensor."""
+    return tokens.probs if isinstance(tokens, SoftTokens) else tokens
+
+
 class ToyPolicy:
     """A recurrent causal policy on (batch, length, vocab) token probabilities, with a prompt vector per row."""
 
@@ -23,8 +28,8 @@ class ToyPolicy:
         self.head, self.bias = draw(hidden, vocab), 0.5 * draw(vocab)
         self.calls: list[list[int]] = []
 
-    def __call__(self, tokens: SoftTokens, rows: Tensor) -> Tensor:
-        token_probs = tokens.probs
+    def __call__(self, tokens: SoftTokens | Tensor, rows: Tensor) -> Tensor:
+        token_probs = probs_of(tokens)
         self.calls.append(rows.tolist())
         state, log_probs = torch.tanh(self.prompt[rows]), []
         for position in range(token_probs.shape[1]):
@@ -44,8 +49,8 @@ class ToyReward:
         self.pairs = torch.randn(vocab, vocab, generator=generator, dtype=torch.float64)
         self.calls: list[list[int]] = []
 
-    def __call__(self, tokens: SoftTokens, rows: Tensor) -> Tensor:
-        token_probs = tokens.probs
+    def __call__(self, tokens: SoftTokens | Tensor, rows: Tensor) -> Tensor:
+        token_probs = probs_of(tokens)
         self.calls.append(rows.tolist())
         valid = token_probs.double().masked_fill(~self.mask[rows, :, None], 0.0)
         neighbours = torch.einsum("blv,vw,blw->b", valid[:, :-1], self.pairs, valid[:, 1:])
@@ -63,9 +68,9 @@ class EnumerablePolicy:
         self.second = scale * torch.randn(3, 3, generator=generator, dtype=torch.float64)
         self.sequences = torch.tensor(list(itertools.product(range(3), repeat=2)))  # (9, 2)
 
-    def __call__(self, tokens: SoftTokens, rows: Tensor) -> Tensor:
+    def __call__(self, tokens: SoftTokens | Tensor, rows: Tensor) -> Tensor:
         """Log-probabilities (active, 2, 3); the second position reads its table at the soft first token."""
-        token_probs = tokens.probs
+        token_probs = probs_of(tokens)
         first = self.first.expand(len(rows), 3)
         second = token_probs[:, 0].double() @ self.second
         return torch.log_softmax(torch.stack([first, second], dim=1), dim=-1)
@@ -83,8 +88,8 @@ class EnumerableReward:
         generator = torch.Generator().manual_seed(seed)
         self.table = scale * torch.randn(3, 3, generator=generator, dtype=torch.float64)
 
-    def __call__(self, tokens: SoftTokens, rows: Tensor) -> Tensor:
-        token_probs = tokens.probs
+    def __call__(self, tokens: SoftTokens | Tensor, rows: Tensor) -> Tensor:
+        token_probs = probs_of(tokens)
         return torch.einsum("bv,vw,bw->b", token_probs[:, 0].double(), self.table, token_probs[:, 1].double())
 
     def rewards(self) -> Tensor:

@@ -61,7 +61,11 @@ def spell(name: str, options: Iterable[str]) -> str | None:
     if longer:
         return f"--{longer[0]}"
     inner = sorted(option for option in known if option.startswith((f"{name}.", f"model.{name}.")))
-    return f"--{inner[0].partition(name)[0]}{name}" if inner else None
+    if inner:
+        return f"--{inner[0].partition(name)[0]}{name}"
+    parent, dot, last = name.rpartition(".")  # an option that may be null has no options of its own
+    above = spell(parent, options) if dot else None
+    return None if above is None else f"{above}.{last}"
 
 
 def spelled(error: UserError, options: Sequence[str]) -> str:
@@ -333,7 +337,7 @@ class VerbCLI(LightningCLI):
                 self.decoders[kind.name] = kind
         for name, kind in self.decoders.items():
             parser.add_class_arguments(kind, f"{section}.{name}")
-        parser.link_arguments(self.beta_option, f"{section}.nabla.dto.beta")
+        parser.link_arguments(self.beta_option, f"{section}.nabla.dto.beta", compute_fn=usable_beta)
         for role in ("reward", "gold"):
             given = self.seen.get(f"{section}.{role}.kind")
             if isinstance(given, str) and given not in REWARDS:
@@ -404,6 +408,11 @@ class VerbCLI(LightningCLI):
     def folder(self, default: str = "default") -> Path:
         """Where the results go."""
         return Path(self.config.run_dir or Path("runs") / self.verb / config_name(self.config, default))
+
+
+def usable_beta(beta: float) -> float:
+    """β of DTO; a β that it cannot take is refused, or allowed, where it is given."""
+    return beta if beta > 0 else 1.0
 
 
 @contextmanager

@@ -12,10 +12,12 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel
 
+from nabla_rl.cli.base import spelling, with_found_configs
 from nabla_rl.data.problems import Problem, read_jsonl
 from nabla_rl.data.tiny import FAMILIES, build_tokenizer
 from nabla_rl.models.adapters import LoraOptions, build_adapter
-from nabla_rl.models.loading import ASSETS, PolicyOptions, RewardOptions, load_classifier, load_policy
+from nabla_rl.models.loading import ASSETS, RewardOptions, load_classifier, load_policy, qualified
+from nabla_rl.models.policy import Policy
 from nabla_rl.models.prompts import special_id
 from nabla_rl.rewards.base import check_shared_vocabulary
 from nabla_rl.rewards.sequence_classifier import SequenceClassifierReward
@@ -148,6 +150,8 @@ def train(options: TrainTinyOptions, *, run_dir: str | None = None, accelerator:
     if isinstance(module, TinyTaught) and module.adapter[0] is not None:
         module.adapter[0].save_pretrained(str(output), save_embedding_layers=False)
         return output
+    if isinstance(module.model, LlamaForCausalLM) and module.model.generation_config is not None:
+        module.model.generation_config.max_new_tokens = family.max_new_tokens
     save(module.model, output)
     build_tokenizer(family).save_pretrained(output)
     return output
@@ -171,16 +175,16 @@ def _taught(options: TrainTinyOptions, taught: TaughtOptions, device: torch.devi
     if taught.lora is not None and "/" not in options.name:
         raise UserError("name", "a folder to save the adapter to", f"'{options.name}'", "Write ./it.")
     problems = [] if taught.problems is None else _problems(taught.problems)
-    policy = load_policy(PolicyOptions(taught.policy), family=family, device=device, argument="model.taught.policy")
-    asked, argument = RewardOptions(taught.judge), "model.taught.judge"
-    judge, tokenizer = load_classifier(asked, family=family, device=device, argument=argument)
-    proposer, _ = load_classifier(asked, family=family, device=device, argument=argument)
+    policy = _policy(taught.policy, family, device, "taught.policy")
+    name, argument = qualified(taught.judge, family), "taught.judge"
+    judge, tokenizer = load_classifier(name, RewardOptions(), device=device, argument=argument)
+    proposer, _ = load_classifier(name, RewardOptions(), device=device, argument=argument)
     # fused attention has no second derivative
     proposer.set_attn_implementation("eager")
-    check_shared_vocabulary(policy.tokenizer, tokenizer)
+    check_shared_vocabulary(policy.tokenizer, tokenizer, argument=argument)
     reward, adapter = SequenceClassifierReward(judge, tokenizer, proposer=proposer), None
     if taught.lora is not None:  # after the reward has frozen the copy's own weights
-        adapter = build_adapter(proposer, taught.lora, seed=options.seed, argument="model.taught.lora")
+        adapter = build_adapter(proposer, taught.lora, seed=options.seed, argument="taught.lora")
     return TinyTaught(
         reward, policy, FAMILIES[family], alternatives=taught.alternatives, problems=problems,
         max_new_tokens=taught.max_new_tokens, adapter=adapter, **_schedule(options),
@@ -191,7 +195,15 @@ def _problems(path: str) -> list[Problem]:
     try:
         return read_jsonl(path)[0]
     except UserError as error:
-        raise UserError(str(error).replace("--data.path", "--model.taught.problems")) from error
+        raise error.renamed(lambda name: "taught.problems" if name == "data.path" else name) from error
+
+
+def _policy(name: str, family: str, device: torch.device, setting: str) -> Policy:
+    """The language model that a setting names; a bare name is that of the family's own."""
+    try:
+        return load_policy(qualified(name, family), device=device, argument=setting)
+    except UserError as error:
+        raise error.renamed(lambda option: option.removesuffix(".name")) from error
 
 
 def _language_model(options: TrainTinyOptions) -> TinyPretraining:
@@ -215,7 +227,7 @@ def _language_model(options: TrainTinyOptions) -> TinyPretraining:
 
 def _not_a_llama(option: str, model: PreTrainedModel) -> UserError:
     return UserError(
-        f"{option}",
+        option,
         "a Llama model, whose layers can be added to",
         f"a {type(model).__name__}",
         "Use a Llama model, or teach a judge that is there already (docs/taught_judge.md).",
@@ -225,18 +237,16 @@ def _not_a_llama(option: str, model: PreTrainedModel) -> UserError:
 def _judge(options: TrainTinyOptions) -> TinyJudge:
     assert options.judge is not None
     cpu = torch.device("cpu")
-    family, group = options.family, "model.judge"
-    asked = PolicyOptions(options.judge.policy)
-    policy = load_policy(asked, family=family, device=cpu, argument=f"{group}.policy")
-    asked = PolicyOptions(options.judge.base)
-    base = load_policy(asked, family=family, device=cpu, argument=f"{group}.base").backbone.model
+    family, group = options.family, "judge"
+    policy = _policy(options.judge.policy, family, cpu, f"{group}.policy")
+    base = _policy(options.judge.base, family, cpu, f"{group}.base").backbone.model
     if not isinstance(base, LlamaForCausalLM):
         raise _not_a_llama(f"{group}.base", base)
     if options.judge.start is None:
         judge = judge_from_language_model(base, options.judge.extra_layers)
     else:
-        start = RewardOptions(options.judge.start)
-        judge, _ = load_classifier(start, family=family, device=cpu, argument=f"{group}.start")
+        start = qualified(options.judge.start, family)
+        judge, _ = load_classifier(start, RewardOptions(), device=cpu, argument=f"{group}.start")
         if not isinstance(judge, LlamaForSequenceClassification):
             raise _not_a_llama(f"{group}.start", judge)
         judge = with_fresh_layers(judge, options.judge.extra_layers)
@@ -263,23 +273,29 @@ def _schedule(options: TrainTinyOptions) -> dict:
 def main(arguments: list[str]) -> int:
     """Train one model, or evaluate a family's models and write their card."""
     parser = ArgumentParser(
-        prog="train_tiny.py",
+        prog="nabla-rl train-tiny",
         description=(
             "Make one of the embedded tiny models, or (--card) measure a family's models and write their card."
         ),
         exit_on_error=False,
     )
-    parser.add_argument("--config", action="config", help="a YAML of configs/train_tiny")
+    parser.add_argument("--config", action="config", help="Name or path of a YAML file, such as words/tiny-policy.")
     parser.add_class_arguments(TrainTinyOptions, "model")
     parser.add_argument(
-        "--run_dir", type=str, default=None, help="checkpoints (default: runs/train_tiny/<family>/<name>)"
+        "--run_dir", type=str, default=None, help="Folder of checkpoints; null is runs/train_tiny/<family>/<name>."
     )
-    parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu or auto")
-    parser.add_argument("--card", type=str, default=None, help="words or sorting: measure and write the card instead")
-    parser.add_argument("--card_problems", type=int, default=400, help="test problems that the card is measured on")
+    parser.add_argument("--accelerator", type=str, default="auto", help="Device: cpu, gpu or auto.")
+    parser.add_argument("--card", type=str, default=None, help="Family whose card is measured and written instead.")
+    parser.add_argument("--card_problems", type=int, default=400, help="Number of test problems for the card.")
     if not arguments:
         parser.print_help()
         return 0
+    with spelling(parser):
+        return run(parser, with_found_configs(arguments, "train_tiny"))
+
+
+def run(parser: ArgumentParser, arguments: list[str]) -> int:
+    """What the command line asks for."""
     card = _value_of(arguments, "--card")
     if card is not None:
         if card not in FAMILIES:

@@ -104,7 +104,7 @@ def _evaluate(
     dtype = torch.promote_types(prefix.hidden.dtype, torch.float32)
     probs = torch.nn.functional.one_hot(index, len(support)).to(dtype).requires_grad_()
     wide = support.expand(*index.shape, -1)
-    log_probs = policy.completion_log_probs(prefix.select(rows), probs, mask, support=wide, tokens=ids)
+    log_probs = policy.completion_log_probs(prefix.select(rows), F.SoftTokens(probs, ids), mask, support=wide)
     log_probs = log_probs.log_softmax(-1)
     logps = F.pick(log_probs, index).sum(-1)
     (postfix,) = torch.autograd.grad(logps.sum(), probs, materialize_grads=True)
@@ -114,7 +114,7 @@ def _evaluate(
     ids = torch.cat([ids, end.expand(len(ids), 1)], 1)
     wide = torch.cat([support, end]).expand(*ids.shape, -1)
     mask = torch.ones_like(ids).bool()
-    rewards = reward(judged.select(rows), torch.cat([ended, last], 1), mask, support=wide, tokens=ids)
+    rewards = reward(judged.select(rows), F.SoftTokens(torch.cat([ended, last], 1), ids), mask, support=wide)
     (of_rewards,) = torch.autograd.grad(rewards.sum(), probs)
     found = (logps, rewards, postfix + log_probs, of_rewards)
     return tuple(tensor.detach().cpu() for tensor in found)  # pyright: ignore

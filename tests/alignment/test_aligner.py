@@ -352,7 +352,9 @@ def searching(**options: Any) -> PolicyAligner:
     """Trained on what ∇-Reasoner finds, by a learned judge."""
     rl = {"num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 6, "report_to": "none"}
     module = PolicyAligner(
-        rl=RLConfig(**rl | options.pop("rl", {})), lora=LORA, **{"rollouts": "search", "nabla": Nabla(max_rollouts=4), **options}
+        rl=RLConfig(**rl | options.pop("rl", {})),
+        lora=LORA,
+        **{"rollouts": "search", "nabla": Nabla(max_rollouts=4), **options},
     )  # fmt: skip
     module.use(toy_policy(), Few(), {"reward": toys_hf.reward()})
     return module
@@ -588,7 +590,7 @@ def test_settings_that_make_no_sense_are_refused(settings, complaint):
         ({"rollouts": "search", "reward_funcs": ["grader"]}, "reward_funcs: expected judge among them"),
         ({"rollouts": "mixed", "stop_at_kl": 1.0}, "stop_at_kl: expected null with"),
         ({"rollouts": "search", "search": "edit_search"}, "search: expected a search whose completions"),
-        ({"rl": RLConfig(top_k=50)}, "rl.top_k: expected 0"),
+        ({"rl": RLConfig(top_k=50, max_completion_length=6)}, "rl.top_k: expected 0"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, complaint):
@@ -612,5 +614,5 @@ def test_rewards_that_make_no_sense_are_refused(reward, complaint):
 
 
 def test_trl_has_its_own_estimators(tmp_path: Path):
-    with pytest.raises(UserError, match="expected auto or k1 with --engine trl, found exact"):
+    with pytest.raises(UserError, match="expected auto or k1 with `engine` trl, found exact"):
         build_trl_trainer(build(kl_estimator="exact"), tmp_path)

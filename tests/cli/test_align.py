@@ -103,8 +103,8 @@ def test_the_summary_has_before_and_after(whole):
     assert summary["flops"] > 0 and summary["seconds"] > 0
     card = (whole / "adapter" / "README.md").read_text()
     for said in (
-        "library_name: peft", "| data | the tiny world; held out: 4 problems |", "| reward | judge; reward model ", "| β | 1.0",
-        "| KL reached |", "rloo", "peft 0", "| accuracy |",
+        "library_name: peft", "| data | the tiny world; held out: 4 problems |", "| reward | judge; reward model ",
+        "| β | 1.0", "| KL reached |", "rloo", "peft 0", "| accuracy |",
     ):  # fmt: skip
         assert said in card, said
 
@@ -352,7 +352,7 @@ def test_bad_input_is_one_line(models, tmp_path, capsys, changes, complaint):
 
 def test_another_configuration_is_refused(whole, models, capsys):
     assert cli.align(options(models, whole, **{"model.rl.beta": 2.0})) == 2
-    assert "found model.rl.beta = 1.0 there and 2.0 now" in capsys.readouterr().err
+    assert "= 1.0 there and 2.0 now" in capsys.readouterr().err
 
 
 def test_weights_that_explode_end_in_one_line(models, tmp_path, capsys):

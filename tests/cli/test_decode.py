@@ -22,6 +22,7 @@ from nabla_rl.decoding import DECODERS as DECODERS_BY_NAME
 from nabla_rl.decoding.module import DecodingModule
 from nabla_rl.decoding.run import Job
 from nabla_rl.models.loading import ASSETS
+from nabla_rl.report import decoded as decoded_page
 from tests.cli.toys_cli import (
     DECODERS,
     options,
@@ -61,7 +62,7 @@ def whole(models, tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def quick_report(monkeypatch) -> None:
     """The page takes longer to draw than a small run to compute; `whole` is made before this and has a real one."""
-    monkeypatch.setattr(decode_cli, "write_report", lambda path, *_: path.write_text("</html>"))
+    monkeypatch.setattr(decoded_page, "write_report", lambda path, *_, **__: path.write_text("</html>"))
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_the_table_is_printed_and_nothing_wraps(models, tmp_path, capsys):
     assert cli.main(["decode", *options(models, tmp_path / "run", data__limit=2)]) == 0
     out, err = capsys.readouterr()
     for decoder in DECODERS:
-        assert len([line for line in out.splitlines() if f"│ {decoder} " in line]) == 1
+        assert len([line for line in out.splitlines() if line.startswith(f" {decoder} ")]) == 1
     assert "2 problems (sorting, test split)" in out
     assert str(tmp_path / "run") in out.replace("\n", "")
     assert "error" not in err and "Traceback" not in err

@@ -141,7 +141,7 @@ def test_bad_line_is_named_by_number_or_left_out(file, line, complaint):
         read_jsonl(path)
     message = str(error.value)
     assert f"{path}, line 3: " in message and complaint in message
-    assert "Mend the line" in message and "--data.skip_bad" in message
+    assert "Mend the line" in message and "data.skip_bad" in message
     assert len(message) < 400 + len(path)
 
     problems, complaints = read_jsonl(path, skip_bad=True)
@@ -187,7 +187,7 @@ def test_data_module_reads_a_file_and_says_what_it_leaves_out(file):
     data = ProblemData(path=path, skip_bad=True, limit=4)
     assert [problem.id for problem in data.problems] == ["1", "3", "4", "5"]
     assert "line 2: expected JSON" in data.notices[0]
-    assert "all but the first 4 of 6 problems (--data.limit)" in data.notices[1]
+    assert "all but the first 4 of 6 problems (data.limit)" in data.notices[1]
     assert ProblemData(limit=3).notices == []
 
 
@@ -217,5 +217,5 @@ def test_batches_keep_the_order():
 @pytest.mark.parametrize("option", ["limit", "batch_size"])
 @pytest.mark.parametrize("value", [0, -1])
 def test_counts_must_be_positive(option, value):
-    with pytest.raises(UserError, match=f"--data.{option}: expected at least 1, found {value}"):
+    with pytest.raises(UserError, match=f"data.{option}: expected at least 1, found {value}"):
         ProblemData(**{option: value})

@@ -11,6 +11,7 @@ import torch
 
 from nabla_rl.budget import Budget, point_at
 from nabla_rl.decoding import EditSearch, Sampling, Setting
+from nabla_rl.functional import SoftTokens
 from nabla_rl.functional.energy import compute_energy
 from nabla_rl.ledger import Ledger
 from nabla_rl.models.policy import Policy
@@ -113,7 +114,7 @@ def test_exact_values_rank_edits_as_the_tilted_policy_does():
         first, zero = list(result.rollouts[0].ids), torch.zeros(1, dtype=torch.int64)
         log_probs = policy.completion_log_probs(
             policy.prefill([policy.encode_prompt(problem.problem)], zero, Ledger(1)),
-            toys.one_hot(torch.tensor([first])), torch.ones(1, len(first)).bool(),
+            SoftTokens(toys.one_hot(torch.tensor([first]))), torch.ones(1, len(first)).bool(),
         )[0]  # fmt: skip
 
         def value(ids):

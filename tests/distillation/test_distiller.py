@@ -187,7 +187,7 @@ def test_trl_interrupted_goes_on_to_the_same_adapter(method, tmp_path):
 
 @pytest.mark.parametrize("method", ["soft", "weighted"])
 def test_trl_has_no_such_way(method, tmp_path):
-    with pytest.raises(UserError, match="--model.method: expected sft or preference with --engine trl"):
+    with pytest.raises(UserError, match="method: expected sft or preference with `engine` trl"):
         build_trl_trainer(build(method), tmp_path)
 
 
@@ -343,7 +343,7 @@ def test_a_loss_that_is_no_number_reaches_no_weight():
     module = build()
     with torch.no_grad():
         next(iter(module.adapter.parameters())).fill_(torch.nan)
-    with pytest.raises(UserError, match="--model.training.learning_rate: expected a finite loss"):
+    with pytest.raises(UserError, match="training.learning_rate: expected a finite loss"):
         fit(module)
 
 
@@ -351,10 +351,10 @@ def test_a_loss_that_is_no_number_reaches_no_weight():
     ("field", "value"), [("beta", 0.0), ("learning_rate", -1.0), ("eval_steps", 0), ("warmup_steps", -1)]
 )
 def test_settings_out_of_range_are_named(field, value):
-    with pytest.raises(UserError, match=f"--model.training.{field}: expected"):
+    with pytest.raises(UserError, match=f"training.{field}: expected"):
         DistillConfig(**{field: value})
 
 
 def test_an_adapter_under_the_new_one_is_refused():
-    with pytest.raises(UserError, match="--model.policy.adapter: expected none"):
+    with pytest.raises(UserError, match="policy.adapter: expected none"):
         PolicyDistiller(policy=PolicyOptions(adapter=str(Path("somewhere"))))

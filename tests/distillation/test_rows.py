@@ -201,11 +201,11 @@ def test_a_malformed_line_is_named(line, said, tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="--data.results: expected results.jsonl"):
+    with pytest.raises(UserError, match="data.results: expected results.jsonl"):
         read_results([tmp_path / "none"])
 
 
 @pytest.mark.parametrize("options", [{"min_agreement": 1.5}, {"min_reward": float("nan")}])
 def test_bad_filters_are_refused(options):
-    with pytest.raises(UserError, match="--data.filters.min_"):
+    with pytest.raises(UserError, match="data.filters.min_"):
         Filters(**options)

@@ -85,7 +85,7 @@ def test_without_reward_the_tilted_policy_is_the_policy():
     logps, rewards, _ = laws()
     torch.testing.assert_close(gibbs_policy(logps, rewards, math.inf), logps)
     assert abs(log_partition(logps, rewards, math.inf)) < 1e-12
-    with pytest.raises(UserError, match="`beta` must be positive"):
+    with pytest.raises(UserError, match="beta: expected positive"):
         gibbs_policy(logps, rewards, 0.0)
 
 
@@ -187,5 +187,5 @@ def test_without_noise_every_gaussian_sample_ends_at_the_mode():
     assert gaussian_kl(law, target_law(direction, beta)) > 70  # its entropy is gone
     noisy = langevin_law(direction, beta, step_size=0.1, steps=400)
     assert gaussian_kl(noisy, target_law(direction, beta)) < 0.01
-    with pytest.raises(UserError, match=r"must be in \(0, 2\)"):
+    with pytest.raises(UserError, match=r"expected in \(0, 2\)"):
         stationary_variance(2.0)

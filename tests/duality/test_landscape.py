@@ -63,11 +63,11 @@ def test_pieces_of_the_gradient_add_up():
 
 def test_a_landscape_checks_what_it_is_given():
     space, law = Space(2, 2), torch.zeros(4, dtype=torch.float64).log_softmax(0)
-    with pytest.raises(UserError, match="must be normalised"):
+    with pytest.raises(UserError, match="expected normalised"):
         Landscape(space, law + 1, torch.zeros(4, dtype=torch.float64))
-    with pytest.raises(UserError, match="`rewards` must be float64"):
+    with pytest.raises(UserError, match="rewards: expected float64"):
         Landscape(space, law, torch.zeros(4))
-    with pytest.raises(UserError, match="`rewards` must be finite"):
+    with pytest.raises(UserError, match="rewards: expected finite"):
         Landscape(space, law, torch.full((4,), math.nan, dtype=torch.float64))
 
 

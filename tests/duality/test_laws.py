@@ -43,7 +43,7 @@ def test_best_of_one_is_the_policy_and_of_very_many_the_best():
     logps, rewards = LANDSCAPE.logps, LANDSCAPE.rewards
     torch.testing.assert_close(best_of_n_law(logps, rewards, 1), logps)
     assert float(best_of_n_law(logps, rewards, 10**6).exp()[rewards.argmax()]) > 0.999
-    with pytest.raises(UserError, match="`n` must be at least 1"):
+    with pytest.raises(UserError, match="n: expected at least 1"):
         best_of_n_law(logps, rewards, 0)
 
 

@@ -35,7 +35,7 @@ def test_substitutions_change_exactly_one_token():
 
 def test_a_million_sequences_are_allowed_and_more_are_not():
     assert Space(10, 6).size == 1_000_000
-    with pytest.raises(UserError, match="at most 1,000,000 sequences, got 2 .. 20"):
+    with pytest.raises(UserError, match="at most 1,000,000 sequences, found 2 .. 20"):
         Space(2, 20)
     with pytest.raises(UserError, match="at least 2 and 1"):
         Space(1, 3)
@@ -73,7 +73,7 @@ def test_policy_samples_its_law(generator):
 
 
 def test_what_cannot_be_a_policy_is_refused():
-    with pytest.raises(UserError, match="must be finite"):
+    with pytest.raises(UserError, match="expected finite"):
         TabularPolicy.from_logps(torch.tensor([0.0, -torch.inf]), Space(2, 1))
-    with pytest.raises(UserError, match=r"must be \(2, 2\) at position 1"):
+    with pytest.raises(UserError, match=r"expected \(2, 2\) at position 1"):
         TabularPolicy([torch.zeros(1, 2), torch.zeros(4, 2)])

@@ -100,11 +100,13 @@ def test_switched_off_models_are_called_without_gradients() -> None:
     policy, reward, y = ToyPolicy(VOCAB, rows=BATCH), ToyReward(MASK, VOCAB), token_points()["hard"]
     seen = {}
 
-    def log_probs_fn(token_probs: Tensor, rows: Tensor) -> Tensor:
+    def log_probs_fn(tokens, rows: Tensor) -> Tensor:
+        token_probs = tokens.probs
         seen["policy"] = torch.is_grad_enabled()
         return policy(token_probs, rows)
 
-    def reward_fn(token_probs: Tensor, rows: Tensor) -> Tensor:
+    def reward_fn(tokens, rows: Tensor) -> Tensor:
+        token_probs = tokens.probs
         seen["reward"] = torch.is_grad_enabled()
         return reward(token_probs, rows)
 
@@ -121,7 +123,7 @@ def test_switched_off_models_are_called_without_gradients() -> None:
 def test_padding_gets_no_gradient() -> None:
     """The gradient at padding is exactly 0, even under a reward that looks there."""
     policy, y = ToyPolicy(VOCAB, rows=BATCH), token_points()["soft"]
-    result = energy_gradient(y, MASK, ROWS, policy, lambda t, rows: t.square().sum((1, 2)), beta=BETA)
+    result = energy_gradient(y, MASK, ROWS, policy, lambda t, rows: t.probs.square().sum((1, 2)), beta=BETA)
     assert result.gradient is not None
     assert result.gradient[~MASK].abs().max() == 0 and result.gradient[MASK].abs().min() > 0
 
@@ -174,4 +176,4 @@ def test_wrong_callables_are_named() -> None:
     with pytest.raises(ValueError, match=r"`reward_fn` must return shape \(2,\), got \(2, 1\)"):
         energy_gradient(y, MASK, ROWS, policy, lambda t, r: reward(t, r)[:, None], beta=BETA)
     with pytest.raises(ValueError, match="`reward_fn` must be differentiable"):
-        energy_gradient(y, MASK, ROWS, policy, lambda t, r: reward(t.detach(), r), beta=BETA)
+        energy_gradient(y, MASK, ROWS, policy, lambda t, r: reward(t.probs.detach(), r), beta=BETA)

@@ -166,14 +166,12 @@ def test_a_single_target_may_be_written_without_brackets():
 
 @pytest.mark.parametrize("field", ["r", "lora_alpha"])
 def test_sizes_are_checked(field):
-    with pytest.raises(UserError, match=f"--model.lora.{field}: expected at least 1, found 0"):
+    with pytest.raises(UserError, match=f"lora.{field}: expected at least 1, found 0"):
         LoraOptions(**{field: 0})
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path):
-    with pytest.raises(
-        UserError, match="--model.policy.adapter: expected a PEFT adapter folder, found no adapter_conf"
-    ):
+    with pytest.raises(UserError, match="policy.adapter: expected a PEFT adapter folder, found no adapter_conf"):
         merge_adapter(toys_hf.build_llama(), str(tmp_path))
 
 

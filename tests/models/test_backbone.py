@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nabla_rl.functional import SoftTokens
 from nabla_rl.functional.energy import energy_gradient
 from nabla_rl.ledger import Ledger
 from nabla_rl.models.backbone import Backbone, Prefix
@@ -43,8 +44,8 @@ def test_cached_log_probabilities_equal_the_models_own_uncached_forward(policy: 
     ids, mask = toys.pad_right(rows)
     prefix = toys.prefill(policy, prompts)
     logps = policy.completion_logps(prefix, ids, mask)
-    log_probs = policy.completion_log_probs(prefix, toys.one_hot(ids), mask, tokens=ids)
-    product = policy.completion_log_probs(prefix, toys.one_hot(ids), mask)
+    log_probs = policy.completion_log_probs(prefix, SoftTokens(toys.one_hot(ids), ids), mask)
+    product = policy.completion_log_probs(prefix, SoftTokens(toys.one_hot(ids)), mask)
     assert (logps[~mask] == 0).all()
     for row, (prompt, completion) in enumerate(zip(prompts, rows, strict=True)):
         expected = toys.reference_log_probs(policy.backbone.model, prompt, completion)
@@ -69,7 +70,7 @@ def test_soft_tokens_and_their_gradient_equal_one_dense_product(policy: Policy):
     ids, mask = toys.pad_right(rows)
     soft = soft_tokens(ids).requires_grad_()
     weights = torch.randn(*soft.shape, generator=torch.Generator().manual_seed(4)) * mask[..., None]
-    log_probs = policy.completion_log_probs(toys.prefill(policy, prompts), soft, mask)
+    log_probs = policy.completion_log_probs(toys.prefill(policy, prompts), SoftTokens(soft), mask)
     (gradient,) = torch.autograd.grad((log_probs * weights).sum(), soft)
     assert (gradient[~mask] == 0).all()
     for row, (prompt, completion) in enumerate(zip(prompts, rows, strict=True)):
@@ -88,7 +89,7 @@ def test_one_hot_tokens_have_the_gradient_of_a_dense_product(policy: Policy, loo
     ids, mask = toys.pad_right(rows)
     probs = toys.one_hot(ids).requires_grad_()
     log_probs = policy.completion_log_probs(
-        toys.prefill(policy, prompts), probs, mask, tokens=ids if looked_up else None
+        toys.prefill(policy, prompts), SoftTokens(probs, ids if looked_up else None), mask
     )
     picked = log_probs.gather(-1, ids[..., None]).squeeze(-1)
     (gradient,) = torch.autograd.grad((picked * mask).sum(), probs)
@@ -116,8 +117,8 @@ def test_a_support_gives_the_dense_result_gathered(policy: Policy, hard: bool):
     weights = torch.randn(*support.shape, generator=generator) * mask[..., None]
     small, dense = probs.clone().requires_grad_(), torch.zeros(*ids.shape, toys.VOCAB).scatter(-1, support, probs)
     dense.requires_grad_()
-    found = policy.completion_log_probs(prefix, small, mask, support=support, tokens=ids if hard else None)
-    expected = policy.completion_log_probs(prefix, dense, mask).gather(-1, support)
+    found = policy.completion_log_probs(prefix, SoftTokens(small, ids if hard else None), mask, support=support)
+    expected = policy.completion_log_probs(prefix, SoftTokens(dense), mask).gather(-1, support)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
     (gradient,) = torch.autograd.grad((found * weights).sum(), small)
     (whole,) = torch.autograd.grad((expected * weights).sum(), dense)
@@ -131,7 +132,7 @@ def test_a_prefix_is_not_changed_by_what_is_fed_after_it(policy: Policy):
     before = [t.clone() for t in tensors_of(prefix)]
     first = policy.completion_logps(prefix, ids, mask)
     probs = toys.one_hot(ids).requires_grad_()
-    torch.autograd.grad(policy.completion_log_probs(prefix, probs, mask).sum(), probs)
+    torch.autograd.grad(policy.completion_log_probs(prefix, SoftTokens(probs), mask).sum(), probs)
     toys.greedy(policy, prefix, 4, keep_states=True)
     assert all(torch.equal(a, b) for a, b in zip(before, tensors_of(prefix), strict=True))
     assert torch.equal(policy.completion_logps(prefix, ids, mask), first)
@@ -211,8 +212,8 @@ def test_rows_of_a_padded_batch_equal_the_rows_alone():
         theirs = reward.prefill(asked, torch.arange(len(chosen)), Ledger(len(chosen)))
         return energy_gradient(
             toys.one_hot(ids), mask, torch.arange(len(chosen)),
-            lambda p, r: policy.completion_log_probs(ours.select(r), p, mask[r], tokens=ids[r]),
-            lambda p, r: reward(theirs.select(r), p, mask[r], tokens=ids[r]),
+            lambda p, r: policy.completion_log_probs(ours.select(r), p._replace(ids=ids[r]), mask[r]),
+            lambda p, r: reward(theirs.select(r), p._replace(ids=ids[r]), mask[r]),
             beta=0.5,
         )  # fmt: skip
 
@@ -273,7 +274,7 @@ def test_an_embedding_matrix_of_another_padded_size_is_read_by_id(rows: int):
     probs = toys.one_hot(ids).requires_grad_()
     values = []
     for tokens in (ids, None):
-        hidden = backbone.encode_soft(prefix, probs, mask, tokens=tokens).hidden
+        hidden = backbone.encode_soft(prefix, SoftTokens(probs, tokens), mask).hidden
         torch.testing.assert_close(hidden, backbone.encode(prefix, ids, mask).hidden, atol=1e-5, rtol=1e-5)
         values.append(torch.autograd.grad(hidden[:, -1].sum(), probs)[0])
     assert values[0].shape == probs.shape
@@ -287,7 +288,7 @@ def test_the_models_are_frozen():
     policy = Policy(model, toys.tokenizer())
     ids, mask = toys.pad_right(toys.completions(2))
     probs = toys.one_hot(ids).requires_grad_()
-    policy.completion_log_probs(toys.prefill(policy, toys.prompts(2)), probs, mask).sum().backward()
+    policy.completion_log_probs(toys.prefill(policy, toys.prompts(2)), SoftTokens(probs), mask).sum().backward()
     assert not model.training
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
 

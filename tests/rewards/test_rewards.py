@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from nabla_rl.functional import SoftTokens
 from nabla_rl.ledger import Ledger
 from nabla_rl.models.backbone import Prefix
 from nabla_rl.models.policy import Policy
@@ -39,8 +40,8 @@ def test_the_reward_is_the_classifiers_own_under_padding_on_both_sides(classifie
     ids, mask = toys.pad_right(rows)
     ids = ids.masked_fill(~mask, 23)  # what stands at padding has no say
     hard = reward.score(start(reward), ids, mask).reward
-    soft = reward(start(reward), toys.one_hot(ids), mask)
-    looked_up = reward(start(reward), toys.one_hot(ids), mask, tokens=ids)
+    soft = reward(start(reward), SoftTokens(toys.one_hot(ids)), mask)
+    looked_up = reward(start(reward), SoftTokens(toys.one_hot(ids), ids), mask)
     expected = []
     for question, row in zip(QUESTIONS, rows, strict=True):
         sequence = torch.tensor([[*toys.tokenizer()(f"{question}\n").input_ids, *row]])
@@ -57,7 +58,7 @@ def test_the_gradient_of_a_reward_is_that_of_one_dense_product(classifier):
     rows = toys.completions(4)
     ids, mask = toys.pad_right(rows)
     probs = toys.one_hot(ids).requires_grad_()
-    (gradient,) = torch.autograd.grad(reward(start(reward), probs, mask, tokens=ids).sum(), probs)
+    (gradient,) = torch.autograd.grad(reward(start(reward), SoftTokens(probs, ids), mask).sum(), probs)
     assert (gradient[~mask] == 0).all()
     table = classifier.get_input_embeddings().weight
     for row, (question, completion) in enumerate(zip(QUESTIONS, rows, strict=True)):
@@ -78,7 +79,10 @@ def test_a_reward_on_a_support_is_the_dense_one_gathered(build):
     support = torch.rand(*ids.shape, toys.VOCAB, generator=generator).topk(7).indices
     small = torch.rand(*ids.shape, 7, generator=generator).softmax(-1).requires_grad_()
     dense = torch.zeros(*ids.shape, toys.VOCAB).scatter(-1, support, small.detach()).requires_grad_()
-    found, expected = reward(start(reward), small, mask, support=support), reward(start(reward), dense, mask)
+    found, expected = (
+        reward(start(reward), SoftTokens(small), mask, support=support),
+        reward(start(reward), SoftTokens(dense), mask),
+    )
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
     gradients = [torch.autograd.grad(value.sum(), probs)[0] for value, probs in ((found, small), (expected, dense))]
     torch.testing.assert_close(gradients[0], gradients[1].gather(-1, support), atol=3e-5, rtol=1e-4)
@@ -121,7 +125,7 @@ def test_a_templated_reward_is_that_of_the_whole_conversation(classifier, system
             expected.append(float(classifier(**encoded).logits[0, 0]))
     scored = reward.score(start(reward), ids, mask)
     probs = toys.one_hot(ids).requires_grad_()
-    soft = reward(start(reward), probs, mask)
+    soft = reward(start(reward), SoftTokens(probs), mask)
     for found in (scored.reward, soft):
         torch.testing.assert_close(found, torch.tensor(expected), atol=2e-5, rtol=1e-5)
     (gradient,) = torch.autograd.grad(soft.sum(), probs)
@@ -139,8 +143,8 @@ def test_a_templated_gradient_agrees_with_finite_differences_in_float64():
     probs = torch.rand(*ids.shape, toys.VOCAB, generator=generator, dtype=torch.float64).softmax(-1).requires_grad_()
     direction = torch.randn(*probs.shape, generator=generator, dtype=torch.float64)
     prefix = start(reward)
-    (gradient,) = torch.autograd.grad(reward(prefix, probs, mask).sum(), probs)
-    up, down = (reward(prefix, probs.detach() + s * direction, mask).sum() for s in (1e-5, -1e-5))
+    (gradient,) = torch.autograd.grad(reward(prefix, SoftTokens(probs), mask).sum(), probs)
+    up, down = (reward(prefix, SoftTokens(probs.detach() + s * direction), mask).sum() for s in (1e-5, -1e-5))
     torch.testing.assert_close((gradient * direction).sum(), (up - down) / 2e-5, rtol=1e-7, atol=1e-8)
 
 
@@ -162,7 +166,7 @@ def test_a_reward_is_continued_from_a_kept_prefix(build):
         Prefix.cat([track.prefix_at(n) for track, n in zip(tracks, cuts.tolist(), strict=True)]),
     ):
         again = reward.score(kept, *rest)
-        soft = reward(kept.select(torch.tensor([3, 1])), toys.one_hot(rest[0][[3, 1]]), rest[1][[3, 1]])
+        soft = reward(kept.select(torch.tensor([3, 1])), SoftTokens(toys.one_hot(rest[0][[3, 1]])), rest[1][[3, 1]])
         values = reward.values(kept, *rest).gather(-1, last_valid(rest[1])[:, None]).squeeze(-1)
         torch.testing.assert_close(again.reward, scored.reward, atol=2e-5, rtol=1e-5)
         torch.testing.assert_close(soft, scored.reward[[3, 1]], atol=2e-5, rtol=1e-5)
@@ -191,7 +195,7 @@ def test_the_likelihood_reward_is_a_sum_of_log_softmax():
     per_token = [toys.reference_logps(model, prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
     expected = torch.stack([logps.sum() for logps in per_token])
     probs = toys.one_hot(ids).requires_grad_()
-    soft = reward(start(reward), probs, mask, tokens=ids)
+    soft = reward(start(reward), SoftTokens(probs, ids), mask)
     for found in (reward.score(start(reward), ids, mask).reward, soft):
         torch.testing.assert_close(found, expected, atol=5e-5, rtol=1e-5)
     values = reward.values(start(reward), ids, mask)

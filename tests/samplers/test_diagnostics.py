@@ -68,7 +68,7 @@ def test_constants_have_no_effective_samples():
 
 def test_rates_and_shapes():
     assert acceptance_rate(torch.tensor([[True, False], [True, True]])) == 0.75
-    with pytest.raises(UserError, match=r"must be \(chains, steps\)"):
+    with pytest.raises(UserError, match=r"expected \(chains, steps\)"):
         autocorrelation(torch.zeros(5))
     with pytest.raises(UserError, match="at least 4 steps"):
         r_hat(torch.zeros(2, 3))

@@ -97,7 +97,7 @@ def test_running_independence_metropolis_has_the_law_of_its_exact_kernel(steps, 
         assert torch.equal(info.evaluated.logical_not() & info.accepted.logical_not(), torch.zeros(CHAINS).bool())
     law = law_after(independence_kernel(LANDSCAPE, BETA), LANDSCAPE.logps, steps)
     assert follows(LANDSCAPE.space.index(state.tokens), law, generator)
-    with pytest.raises(UserError, match="`beta` must be positive"):
+    with pytest.raises(UserError, match="beta: expected positive"):
         IndependenceConfig(beta=0.0)
 
 
@@ -134,9 +134,9 @@ def test_jumps_and_steps_in_turn_keep_the_tilted_law_of_logits(generator):
 def test_langevin_asks_the_models_only_where_a_token_flipped():
     calls: list[int] = []
 
-    def log_probs_fn(token_probs, rows):
+    def log_probs_fn(tokens, rows):
         calls.append(len(rows))
-        return LANDSCAPE.log_probs_fn(token_probs, rows)
+        return LANDSCAPE.log_probs_fn(tokens, rows)
 
     config = LangevinConfig(beta=BETA, step_size=0.01)
     generator = torch.Generator().manual_seed(0)
@@ -193,22 +193,22 @@ def test_padding_never_moves(module, generator):
 def test_bad_settings_are_refused():
     tokens, mask = torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.bool)
     for build, complaint in (
-        (lambda: GibbsWithGradientsConfig(beta=0.0), "`beta` must be positive"),
-        (lambda: GibbsWithGradientsConfig(temperature=-1.0), "`temperature` must be positive"),
-        (lambda: DiscreteLangevinConfig(step_size=0.0), "`step_size` must be positive"),
-        (lambda: LangevinConfig(scale=0.0), "`scale` must be positive"),
-        (lambda: init_chain(tokens, mask[:, :2], 3, *MODELS, beta=1.0), "`tokens` must be"),
-        (lambda: init_chain(tokens, mask, 3, *MODELS, beta=-1.0), "`beta` must be positive"),
+        (lambda: GibbsWithGradientsConfig(beta=0.0), "beta: expected positive"),
+        (lambda: GibbsWithGradientsConfig(temperature=-1.0), "temperature: expected positive"),
+        (lambda: DiscreteLangevinConfig(step_size=0.0), "step_size: expected positive"),
+        (lambda: LangevinConfig(scale=0.0), "scale: expected positive"),
+        (lambda: init_chain(tokens, mask[:, :2], 3, *MODELS, beta=1.0), "tokens: expected"),
+        (lambda: init_chain(tokens, mask, 3, *MODELS, beta=-1.0), "beta: expected positive"),
         (
             lambda: gibbs_with_gradients.init(tokens, ~mask, 3, *MODELS, GibbsWithGradientsConfig()),
-            "nothing can change",
+            "Nothing could change",
         ),
-        (lambda: langevin.init(torch.zeros(2, 3), mask, *MODELS, LangevinConfig()), "`logits` must be"),
+        (lambda: langevin.init(torch.zeros(2, 3), mask, *MODELS, LangevinConfig()), "logits: expected"),
     ):
         with pytest.raises(UserError, match=complaint):
             build()
     state = init_chain(tokens, mask, 3, *MODELS, beta=1.0)
-    with pytest.raises(UserError, match="one or as many as there are chains, got 1"):
+    with pytest.raises(UserError, match="one or as many as there are chains, found 1"):
         gibbs_with_gradients.step(state, *MODELS, GibbsWithGradientsConfig(), [torch.Generator()])
 
 

@@ -82,11 +82,11 @@ def test_the_command_saves_an_adapter_that_decoding_loads_as_proposer(tmp_path: 
 @pytest.mark.parametrize(
     ("name", "taught", "names"),
     [
-        ("tiny-lora", TaughtOptions(lora=LoraOptions()), "--model.name"),
-        ("./x", TaughtOptions(lora=LoraOptions(target_modules=["nothing"])), "--model.taught.lora.target_modules"),
-        ("./x", TaughtOptions(problems="nowhere.jsonl"), "--model.taught.problems"),
-        ("./x", TaughtOptions(judge="./nowhere"), "--model.taught.judge"),
-        ("./x", TaughtOptions(policy="./nowhere"), "--model.taught.policy"),
+        ("tiny-lora", TaughtOptions(lora=LoraOptions()), "name"),
+        ("./x", TaughtOptions(lora=LoraOptions(target_modules=["nothing"])), "taught.lora.target_modules"),
+        ("./x", TaughtOptions(problems="nowhere.jsonl"), "taught.problems"),
+        ("./x", TaughtOptions(judge="./nowhere"), "taught.judge"),
+        ("./x", TaughtOptions(policy="./nowhere"), "taught.policy"),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_option(name: str, taught: TaughtOptions, names: str, tmp_path: Path):
