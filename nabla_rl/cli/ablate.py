@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from nabla_rl.cli.base import (
     with_found_configs,
 )
 from nabla_rl.duality.settings import ExactSettings
+from nabla_rl.models.loading import is_embedded, qualified
 from nabla_rl.report.grid import claims_table, rows_table, to_csv, to_html
 from nabla_rl.report.rows import Report, finite
-from nabla_rl.run_folder import as_user_error, write_atomically
+from nabla_rl.run_folder import as_user_error, flatten, write_atomically
 from nabla_rl.studies.base import AbstractStudy, Design, Stopwatch, Watch
 from nabla_rl.types import UserError
 
@@ -161,14 +163,24 @@ def build_study(options: Any) -> AbstractStudy:
             if kind != options.study and name not in ("exact", "adapters_dir") and getattr(options, name):
                 raise UserError(name, f"none with a {options.study} study", str(getattr(options, name)))
     seeds = [options.seed + seed for seed in options.seeds]
-    design = Design(seeds, options.grid, options.fixed, options.variants, defaults=shipped_defaults())
+    defaults = shipped_defaults(flatten(options.fixed))
+    design = Design(seeds, options.grid, options.fixed, options.variants, defaults=defaults)
     return STUDIES[options.study](options, design)
 
 
-def shipped_defaults() -> dict[str, dict[str, Any]]:
-    """What each verb does without options, so that a study starts from the same."""
-    files = {verb: configs.default(verb) for verb in ("decode", "align", "distill")}
-    return {verb: yaml.safe_load(file.read_text(encoding="utf-8")) for verb, file in files.items() if file is not None}
+def shipped_defaults(fixed: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What each verb does without options, so that a study starts from the same: its default.yaml, and real.yaml after
+    it for a policy that is not embedded."""
+    found: dict[str, dict[str, Any]] = {}
+    for verb, owner in (("decode", "model"), ("align", "model"), ("distill", "teacher")):
+        policy, family = fixed.get(f"{owner}.policy.name"), str(fixed.get("data.family", "words"))
+        real = isinstance(policy, str) and not is_embedded(qualified(policy, family))
+        files = [configs.default(verb), configs.default(verb, "real") if real else None]
+        found[verb] = {}
+        for file in files:
+            if file is not None:
+                found[verb] |= flatten(yaml.safe_load(file.read_text(encoding="utf-8")))
+    return found
 
 
 def single_options(arguments: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
@@ -308,6 +320,4 @@ def write_files(report: Report, path: Path, command: str) -> list[str]:
 
 def to_json(value: Any) -> str:
     """A value as JSON, with null for what is not finite."""
-    import json
-
     return json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n"

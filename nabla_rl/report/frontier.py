@@ -54,6 +54,8 @@ SHOWN = (
     "difference",
     "sign_flip_p",
 )
+PRINTED = ("variant", "budget_flops", "flops", "rollouts", "accuracy", "gold_reward", "difference")
+"""Columns that the terminal has room for."""
 COMPARISON_SHOWN = (
     "variant",
     "baseline",
@@ -217,7 +219,7 @@ def format_frontier(frontier: Mapping[str, Any], *, title: str | None = None) ->
     for row in joined_rows(frontier):
         rows.append({**row, "variant": "" if row["variant"] == before else row["variant"]})
         before = row["variant"]
-    return format_table(rows, present_columns(rows, SHOWN), title=title)
+    return format_table(rows, present_columns(rows, PRINTED), title=title)
 
 
 def write_frontier(folder: str | Path, frontier: Mapping[str, Any], title: str) -> list[str]:

@@ -200,7 +200,7 @@ def guess(name: str, known: Sequence[str]) -> str:
     """Advice about an unknown name: a known one that ends alike or looks alike."""
     alike = [each for each in known if each.rpartition(".")[2] == name.rpartition(".")[2]]
     close = get_close_matches(name, alike or known, 1, 0.0 if alike else 0.6)
-    return f"Did you mean {{{close[0]}}}?" if close else ""
+    return f"Did you mean {close[0]}?" if close else ""
 
 
 def check_label(label: str) -> None:

@@ -14,7 +14,7 @@ from nabla_rl.decoding.run import batches, check_same_problems
 from nabla_rl.report.frontier import build_frontier, format_frontier, joined_rows, write_frontier
 from nabla_rl.report.rows import Report, Row
 from nabla_rl.run_folder import RunFolder, write_config
-from nabla_rl.studies.base import AbstractStudy, Design, Options, Point, Watch, counted
+from nabla_rl.studies.base import VARIANT, AbstractStudy, Design, Options, Point, Watch, counted
 from nabla_rl.studies.jobs import SECTIONS, Decoding, Models, decode_batch, read_decoding
 from nabla_rl.types import UserError
 
@@ -65,13 +65,13 @@ class Frontier(AbstractStudy):
                 "baseline", f"one of {', '.join(self.design.variants)}", repr(self.baseline),
                 "Name a variant, or null for no comparison.",
             )  # fmt: skip
-        decodings = [(point, self.decoding(point)) for label in self.design.variants for point in self._seeds(label)]
-        self.points = [point for point, _ in decodings]
+        decodings = [one for label in self.design.variants for one in self._decodings(label)]
+        self.points = [Point({VARIANT: label}, decoding.seed) for label, decoding in decodings]
         self.decodings = [decoding for _, decoding in decodings]
         self.cells: list[Cell] = []
 
-    def _seeds(self, label: str) -> list[Point]:
-        """A point for each seed of a variant; one alone where the answers do not depend on the seed."""
+    def _decodings(self, label: str) -> list[tuple[str, Decoding]]:
+        """One for each seed of a variant; one alone where the answers do not depend on the seed."""
         words = self.design.words(label, WORDS)
         if not isinstance(words.get("decoder"), str):
             expected = "the name of a decoder, or a class path"
@@ -85,14 +85,15 @@ class Frontier(AbstractStudy):
                 expected = "an option of the decoder"
                 advice = f"All variants share it: use {{fixed.{name}}}."
                 raise UserError(f"variants.{label}.{name}", expected, "one that all variants share", advice)
-        points = [Point({"variant": label}, seed) for seed in seeds]
-        first = self.decoding(points[0])
-        return points[:1] if first.decoder.is_deterministic(first.sampling) else points
+        first = self.decoding(Point({VARIANT: label}, seeds[0]))
+        if first.decoder.is_deterministic(first.sampling):
+            seeds = seeds[:1]
+        return [(label, first.with_seed(seed)) for seed in seeds]
 
     def decoding(self, point: Point) -> Decoding:
         """What a point decodes: the decoder of its variant, up to the largest budget."""
         decoder = self.design.words(point.label, WORDS)["decoder"]
-        most = Options({"model.budget.flops": float(max(self.flops))}, "flops")
+        most = Options({"model.budget.flops": float(max(self.flops))})
         options = most | self.design.options(point, "decode")
         try:
             return read_decoding(options, seed=point.seed, decoders=[decoder])

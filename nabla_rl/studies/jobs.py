@@ -63,6 +63,10 @@ class Decoding:
     own: Mapping[str, Any] = field(default_factory=dict)
     config: Row = field(default_factory=dict)
 
+    def with_seed(self, seed: int) -> Decoding:
+        """The same decoding with other random numbers."""
+        return replace(self, seed=seed, config={**self.config, "seed": seed})
+
     @property
     def decoder(self) -> AbstractDecoder:
         """The only decoder, of a point that has one."""

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from nabla_rl.decoding.run import plain
 from nabla_rl.studies.base import Options, guess
 from nabla_rl.types import UserError
 
@@ -24,7 +24,6 @@ class OptionReader:
         values: Name → type and default of single options, such as `model.beta` → (float, 1.0).
         defaults: Dotted defaults in place of the signatures' own.
         loaders: Section → a class whose `load` has further options.
-        skip: Section → arguments that are no options.
     """
 
     def __init__(
@@ -35,12 +34,11 @@ class OptionReader:
         defaults: Mapping[str, Any],
         *,
         loaders: Mapping[str, type] = MappingProxyType({}),
-        skip: Mapping[str, set[str]] = MappingProxyType({}),
     ):
         self.verb = verb
         self.parser = ArgumentParser(exit_on_error=False)
         for section, part in parts.items():
-            self.parser.add_class_arguments(part, section, skip=skip.get(section))
+            self.parser.add_class_arguments(part, section)
         for section, kind in loaders.items():
             self.parser.add_method_arguments(kind, "load", section, skip={"options", "device", "argument"})
         for name, (kind, default) in values.items():
@@ -75,7 +73,7 @@ class OptionReader:
 
     def plain(self, parsed: Any) -> dict[str, Any]:
         """All options as plain values."""
-        return yaml.safe_load(self.parser.dump(parsed, skip_none=False))
+        return plain(parsed.as_dict())
 
     def _accepts(self, option: Mapping[str, Any]) -> bool:
         try:
