@@ -19,6 +19,8 @@ from nabla_rl.run_folder import flatten
 from nabla_rl.studies.base import VARIANT, Design, Point, PointStudy, Watch
 from nabla_rl.studies.jobs import SECTIONS, Decoding, Models, decode_into, read_decoding
 
+SHOWN = ("decoder", "accuracy", "mean_reward", "flops", "difference", "flops_saved")
+"""Columns that the terminal has room for, beside those of the grid."""
 KEPT = {"corrects": "correct", "rewards": "reward", "gold_rewards": "gold_reward", "seconds": "seconds"}
 """What a point's rows keep of every answer."""
 
@@ -72,7 +74,9 @@ class DecodeGrid(PointStudy):
 
         first = next(iter(self.design.variants), None)
         table = [_over_seeds(group) | _against(group, rows, first) for group in _groups(rows)]
-        return Report(table, figures=write_grid_figure(table, list(rows[0]["values"]), path / "figures"))
+        names = list(rows[0]["values"])
+        figures = write_grid_figure(table, names, path / "figures")
+        return Report(table, figures=figures, shown=(*names, *SHOWN))
 
 
 def _proposal_kl(results: Sequence[Row]) -> float | None:
