@@ -88,11 +88,7 @@ STUDIES: dict[str, Callable[[Any, Design], AbstractStudy]] = {
     "curves": curves,
 }  # fmt: skip
 """Every kind of study by its name."""
-OWN = {
-    "frontier": ("flops", "baseline"),
-    "measured": ("adapters", "pairs", "adapters_dir"),
-    "duality_exact": ("exact",),
-}
+OWN = {"frontier": ("flops", "baseline"), "measured": ("adapters", "pairs")}
 """Options that one kind of study alone has."""
 
 
@@ -150,8 +146,9 @@ def spelled(name: str, options: Sequence[str]) -> str:
     """A setting as it is written on the command line, where it can be."""
     if name.startswith(("grid.", "fixed.")):
         return f"--{name}"
-    exactly = f"--{name.removeprefix('settings.')}" if name.startswith("settings.") else None
-    return (exactly or "").replace("--", "--exact.") or (spell(name, options) if "." not in name else None) or name
+    if name.startswith("settings."):
+        return f"--exact.{name.removeprefix('settings.')}"
+    return name if "." in name else spell(name, options) or name
 
 
 def build_study(options: Any) -> AbstractStudy:
@@ -160,7 +157,7 @@ def build_study(options: Any) -> AbstractStudy:
         raise UserError("study", f"one of {', '.join(STUDIES)}", repr(options.study))
     for kind, names in OWN.items():
         for name in names:
-            if kind != options.study and name not in ("exact", "adapters_dir") and getattr(options, name):
+            if kind != options.study and getattr(options, name):
                 raise UserError(name, f"none with a {options.study} study", str(getattr(options, name)))
     seeds = [options.seed + seed for seed in options.seeds]
     defaults = shipped_defaults(flatten(options.fixed))

@@ -32,7 +32,7 @@ POOL_SIZE = 16
 DERIVED = ("tilted, β = ", "best of ")
 """How the labels begin of distributions that are reweightings of the pool."""
 SHOWN = (
-    *("family", "law", "accuracy", "reward", "gold_reward", "kl", "kl_from", "kl_to", "flops"),
+    *("family", "distribution", "accuracy", "reward", "gold_reward", "kl", "kl_from", "kl_to", "flops"),
     *("first", "second", "reward_correlation", "overlap", "same_answer", "probe_accuracy", "probe_p", "gold_wins"),
 )
 """Columns of the terminal's tables."""
@@ -190,11 +190,11 @@ class Measured(PointStudy):
             table += [{"family": family, **describe(sample, pool)} for sample in samples.values()]
             pairs += [{"family": family, **line} for line in self._pairs(samples, str(family))]
         figures = write_measured_figures(table, path / "figures")
-        tables = [("Two laws on the same problems", pairs)] if pairs else []
+        tables = [("Two distributions on the same problems", pairs)] if pairs else []
         return Report(table, figures=figures, tables=tables, shown=SHOWN)
 
     def samples(self, rows: Sequence[Row]) -> dict[str, Sample]:
-        """The laws that were drawn from, and those that are reweightings of the policy's pool, by label."""
+        """The distributions that were drawn from, and those that are reweightings of the policy's pool, by label."""
         found: dict[str, Sample] = {}
         for label in dict.fromkeys(row["decoder"] for row in rows):
             mine, source = [row for row in rows if row["decoder"] == label], self.source(label)

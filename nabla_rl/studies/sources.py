@@ -213,8 +213,8 @@ def policy_kl(
     for start in range(0, len(problems), each):
         prompts = [policy.encode_prompt(problem.problem) for problem in problems[start : start + each]]
         ids, mask = _padded([ids for answers in completions[start : start + each] for ids in answers], policy)
-        laws = [group_logits(model, prompts, ids, mask, Ledger(1)).log_softmax(-1) for model in (policy, reference)]
-        sums = sequence_logps(reverse_kl(*laws), mask).double()
+        logps = [group_logits(model, prompts, ids, mask, Ledger(1)).log_softmax(-1) for model in (policy, reference)]
+        sums = sequence_logps(reverse_kl(*logps), mask).double()
         found += sums.view(-1, size).mean(1).tolist()
     return found
 

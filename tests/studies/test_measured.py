@@ -63,7 +63,7 @@ def study(tmp_path_factory) -> dict:
 
 
 def table(study: dict) -> dict[str, dict]:
-    return {row["law"]: row for row in json.loads((study["folder"] / "run" / "table.json").read_text())}
+    return {row["distribution"]: row for row in json.loads((study["folder"] / "run" / "table.json").read_text())}
 
 
 def lines(study: dict) -> dict[str, dict]:
@@ -86,14 +86,14 @@ def test_every_law_has_a_line_with_what_is_defined_for_it(study):
     assert "best of 32 by reward" not in rows
     run = study["folder"] / "run"
     page = (run / "report.html").read_text()
-    assert "Two laws on the same problems" in page and page.count("<svg ") == 2
+    assert "Two distributions on the same problems" in page and page.count("<svg ") == 2
     assert {file.name for file in (run / "figures").glob("*.svg")} == {
         "reward_kl_sorting.svg", "over_optimisation_sorting.svg",
     }  # fmt: skip
 
 
 def test_pairs_are_compared(study):
-    found = json.loads((study["folder"] / "run" / "two_laws_on_the_same_problems.json").read_text())
+    found = json.loads((study["folder"] / "run" / "two_distributions_on_the_same_problems.json").read_text())
     assert [(row["first"], row["second"]) for row in found] == [tuple(pair) for pair in study["content"]["pairs"]]
     for row in found:
         assert 0 <= row["overlap"] <= 1 and 0 <= row["gold_wins"] <= 1 and 0 < row["probe_p"] <= 1
