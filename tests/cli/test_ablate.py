@@ -155,7 +155,8 @@ def test_a_point_gives_the_same_result_twice(tmp_path):
 
 def test_decode_study_has_a_run_folder_for_every_point(tmp_path, capsys):
     models = toys_cli.save_models(tmp_path / "models")
-    fixed = options_of(models, data__limit=3, data__batch_size=3) | {"model.decoders": ["greedy", "nabla"]}
+    fixed = options_of(models, without=["model.beta"], data__limit=3, data__batch_size=3)
+    fixed |= {"model.decoders": ["greedy", "nabla"]}
     grid = {"model.beta": [1.0, 0.1]}
     file = write(tmp_path, study="decode", grid=grid, fixed=fixed, seeds=[0, 1])
     assert cli.ablate(["--config", str(file), "--run_dir", str(tmp_path / "run")]) == 0
@@ -336,7 +337,8 @@ def test_it_shows_that_it_is_alive(tmp_path, monkeypatch, capsys):
 
 def test_kill_9_in_the_middle_of_a_point_loses_no_batch(tmp_path):
     models = toys_cli.save_models(tmp_path / "models")
-    fixed = options_of(models, data__limit=12, data__batch_size=1) | {"model.decoders": ["nabla"]}
+    fixed = options_of(models, without=["model.beta"], data__limit=12, data__batch_size=1)
+    fixed |= {"model.decoders": ["nabla"]}
     file = write(tmp_path, study="decode", fixed=fixed, grid={"model.beta": [1.0, 0.1]})
     process = toys_cli.start_script("ablate", ["--config", str(file), "--run_dir", str(tmp_path / "run")])
     first = tmp_path / "run" / "points" / "beta=1.0_seed=0" / "results.jsonl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from tests.cli import toys_cli
 CONFIGS = sorted(configs.folder("ablate").glob("*.yaml"))
 
 
-def options_of(models: Path, **changes: object) -> dict[str, Any]:
-    """The options of a small run as a study file has them."""
+def options_of(models: Path, *, without: Sequence[str] = (), **changes: object) -> dict[str, Any]:
+    """The options of a small run as a study file has them, `without` some that a grid varies."""
     words = toys_cli.options(models, **changes)
     values = dict(zip(words[::2], words[1::2], strict=True))
     plain = {name.removeprefix("--"): yaml.safe_load(value) for name, value in values.items()}
-    return {name: None if value == "None" else value for name, value in plain.items()}
+    return {name: None if value == "None" else value for name, value in plain.items() if name not in without}
 
 
 def study_options(file: Path) -> Any:
