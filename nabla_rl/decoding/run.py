@@ -368,11 +368,13 @@ def decoded_of(row: Row, problem: Problem) -> Decoded:
     )  # fmt: skip
 
 
-def build_decoder(decoder: str | type[AbstractDecoder] | AbstractDecoder) -> AbstractDecoder:
-    """A decoder from its name, its class path, its class, or as it is."""
+def build_decoder(
+    decoder: str | type[AbstractDecoder] | AbstractDecoder, *, argument: str = "decoder"
+) -> AbstractDecoder:
+    """A decoder from its name, its class path, its class, or as it is; `argument` is the setting that errors name."""
     if isinstance(decoder, AbstractDecoder):
         return decoder
-    return (decoder_class(decoder) if isinstance(decoder, str) else decoder)()
+    return (decoder_class(decoder, argument=argument) if isinstance(decoder, str) else decoder)()
 
 
 def decoder_class(name: str, *, argument: str = "decoder") -> type[AbstractDecoder]:
@@ -383,7 +385,7 @@ def decoder_class(name: str, *, argument: str = "decoder") -> type[AbstractDecod
 def embedded_family(policy: str | PolicyOptions | Policy) -> str | None:
     """The family of an embedded model, given by name or loaded; None for any other one."""
     if isinstance(policy, Policy):
-        folder = Path(policy.backbone.model.name_or_path)
+        folder = Path(policy.backbone.model.name_or_path or "")
         return folder.parent.name if folder.parent.parent == ASSETS else None
     name = policy.name if isinstance(policy, PolicyOptions) else policy
     return name.partition("/")[0] if is_embedded(name) else None
