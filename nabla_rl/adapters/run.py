@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import resource
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,12 +25,27 @@ from nabla_rl.adapters.training import AdapterTraining
 from nabla_rl.data.problems import Problem
 from nabla_rl.models.loading import ASSETS
 from nabla_rl.models.policy import Policy
+from nabla_rl.rewards.likelihood import LikelihoodReward
+from nabla_rl.rewards.sequence_classifier import SequenceClassifierReward
 from nabla_rl.run_folder import flatten
 from nabla_rl.types import UserError
 
 Engine = Literal["lightning", "trl"]
 
 
+@contextmanager
+def without_advice() -> Iterator[None]:
+    """Within, Lightning prints no notices, such as which devices there are and what else could be installed."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = logger.level
+    logger.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@without_advice()
 def build_trainer(settings: AdapterConfig, *, device: torch.device | str | None = None) -> L.Trainer:
     """Lightning's trainer for these settings on one device; None is the GPU where there is one."""
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -69,7 +85,7 @@ def fit(module: AdapterTraining, trainer: L.Trainer, folder: Path, callbacks: Se
         ),
     ]
     last = checkpoints / "last.ckpt"
-    with interruptible():
+    with interruptible(), without_advice():
         trainer.fit(module, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
     trainer.strategy.barrier()
     module.to(trainer.strategy.root_device)
@@ -127,10 +143,13 @@ def versions() -> dict[str, str]:
 
 
 def named(model: Any) -> Any:
-    """What config.yaml says of a model: its name, its options where there are more, or the class of a loaded one."""
+    """What config.yaml says of a model: its name, or all options where they are given; a loaded one has its name too,
+    a reward of another class that of its class."""
     if model is None or isinstance(model, str):
         return model
-    if isinstance(model, Policy):
+    if isinstance(model, LikelihoodReward):
+        model = model.judge
+    if isinstance(model, (Policy, SequenceClassifierReward)):
         own = model.backbone.model
         folder = Path(own.name_or_path or type(own).__name__)
         return f"{folder.parent.name}/{folder.name}" if folder.parent.parent == ASSETS else str(folder)

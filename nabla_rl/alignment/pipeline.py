@@ -273,8 +273,8 @@ def model_card(summary: Mapping[str, Any], module: PolicyAligner, config: Mappin
         "| | |",
         "|---|---|",
         f"| data | {problems}; held out: {held} |",
-        f"| reward | {', '.join(module.reward_names)}; reward model {module.reward_options['reward'].name}; never "
-        f"seen: {module.reward_options['gold'].name} |",
+        f"| reward | {', '.join(module.reward_names)}; reward model {module.reward_options['reward'].name or 'none'}; "
+        f"never seen: {module.reward_options['gold'].name or 'none'} |",
         f"| β | {rl.beta} (KL estimator {summary['kl_estimator']}) |",
         f"| KL reached | {with_error(summary['after'], 'kl')} nats per completion |",
         f"| steps | {summary['steps'] or summary['stopped']} of {rl.num_generations} × "
