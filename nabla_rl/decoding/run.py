@@ -368,13 +368,11 @@ def decoded_of(row: Row, problem: Problem) -> Decoded:
     )  # fmt: skip
 
 
-def build_decoder(
-    decoder: str | type[AbstractDecoder] | AbstractDecoder, *, argument: str = "decoder"
-) -> AbstractDecoder:
-    """A decoder from its name, its class path, its class, or as it is; `argument` is the setting that errors name."""
+def build_decoder(decoder: str | type[AbstractDecoder] | AbstractDecoder) -> AbstractDecoder:
+    """A decoder from its name, its class path, its class, or as it is."""
     if isinstance(decoder, AbstractDecoder):
         return decoder
-    return (decoder_class(decoder, argument=argument) if isinstance(decoder, str) else decoder)()
+    return (decoder_class(decoder) if isinstance(decoder, str) else decoder)()
 
 
 def decoder_class(name: str, *, argument: str = "decoder") -> type[AbstractDecoder]:
@@ -385,10 +383,10 @@ def decoder_class(name: str, *, argument: str = "decoder") -> type[AbstractDecod
 def embedded_family(policy: str | PolicyOptions | Policy) -> str | None:
     """The family of an embedded model, given by name or loaded; None for any other one."""
     if isinstance(policy, Policy):
-        folder = Path(policy.backbone.model.name_or_path or "")
+        folder = Path(str(policy.backbone.model.name_or_path))
         return folder.parent.name if folder.parent.parent == ASSETS else None
     name = policy.name if isinstance(policy, PolicyOptions) else policy
-    return name.partition("/")[0] if is_embedded(name) else None
+    return name.partition("/")[0] if isinstance(name, str) and is_embedded(name) else None
 
 
 def batches(problems: Sequence[Problem], size: int) -> Iterable[list[Problem]]:
