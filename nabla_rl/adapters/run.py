@@ -27,7 +27,7 @@ from nabla_rl.models.loading import ASSETS
 from nabla_rl.models.policy import Policy
 from nabla_rl.rewards.likelihood import LikelihoodReward
 from nabla_rl.rewards.sequence_classifier import SequenceClassifierReward
-from nabla_rl.run_folder import flatten
+from nabla_rl.run_folder import flatten, write_config
 from nabla_rl.types import UserError
 
 Engine = Literal["lightning", "trl"]
@@ -165,30 +165,26 @@ def fingerprint(rows: Iterable[Any]) -> str:
 def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:
     """Write config.yaml, or refuse a folder that holds a run of another configuration."""
     file = folder / "config.yaml"
-    if file.is_file():
-        there = yaml.safe_load(file.read_text(encoding="utf-8"))
-        there, here = flatten(there if isinstance(there, dict) else {}), flatten(config)
-        differing = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
-        if differing:
-            name = differing[0]
-            more = f" and {len(differing) - 1} more settings" if len(differing) > 1 else ""
-            raise UserError(
-                "run_dir",
-                f"{folder} to hold this configuration",
-                f"{name} = {there.get(name)!r} there and {here.get(name)!r} now{more}",
-                "Choose another {run_dir}, or delete that folder.",
-            )
+    if not file.is_file():
+        write_config(folder, config)
         return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
-    except OSError as error:
+        there = flatten(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
+        raise UserError(
+            "run_dir", f"the configuration of a run in {file}", "something else", "Choose another {run_dir}."
+        ) from None
+    here = flatten(config)
+    differing = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
+    if differing:
+        name = differing[0]
+        more = f" and {len(differing) - 1} more settings" if len(differing) > 1 else ""
         raise UserError(
             "run_dir",
-            "a folder that can be written",
-            f"none at {folder} ({error.strerror or error})",
-            "Choose another {run_dir}.",
-        ) from error
+            f"{folder} to hold this configuration",
+            f"{name} = {there.get(name)!r} there and {here.get(name)!r} now{more}",
+            "Choose another {run_dir}, or delete that folder.",
+        )
 
 
 def peak_memory_mb(device: torch.device) -> float:

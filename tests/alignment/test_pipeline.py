@@ -178,6 +178,19 @@ def test_a_folder_of_other_settings_is_refused(named, models, changes):
         align(str(models / "policy"), str(models / "reward"), folder=named.folder, **given)
 
 
+@pytest.mark.parametrize("content", ["", "a: [", "text"])
+def test_a_folder_of_something_else_is_refused(models, tmp_path, content):
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(nr.UserError, match="run_dir: expected the configuration of a run in .*, found something else"):
+        align(str(models / "policy"), str(models / "reward"), PROBLEMS, folder=tmp_path, **OPTIONS)
+
+
+def test_a_file_is_no_folder(models, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(nr.UserError, match="run_dir: expected a folder that can be written"):
+        align(str(models / "policy"), str(models / "reward"), PROBLEMS, folder=tmp_path / "file", **OPTIONS)
+
+
 def short(completions: Sequence[Any], **columns: Any) -> list[float]:
     return [-float(len(text)) for text in completions]
 
