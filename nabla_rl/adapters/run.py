@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import resource
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,12 +25,27 @@ from nabla_rl.adapters.training import AdapterTraining
 from nabla_rl.data.problems import Problem
 from nabla_rl.models.loading import ASSETS
 from nabla_rl.models.policy import Policy
-from nabla_rl.run_folder import flatten
+from nabla_rl.rewards.likelihood import LikelihoodReward
+from nabla_rl.rewards.sequence_classifier import SequenceClassifierReward
+from nabla_rl.run_folder import flatten, write_config
 from nabla_rl.types import UserError
 
 Engine = Literal["lightning", "trl"]
 
 
+@contextmanager
+def without_advice() -> Iterator[None]:
+    """Within, Lightning prints no notices, such as which devices there are and what else could be installed."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = logger.level
+    logger.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@without_advice()
 def build_trainer(settings: AdapterConfig, *, device: torch.device | str | None = None) -> L.Trainer:
     """Lightning's trainer for these settings on one device; None is the GPU where there is one."""
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -69,7 +85,7 @@ def fit(module: AdapterTraining, trainer: L.Trainer, folder: Path, callbacks: Se
         ),
     ]
     last = checkpoints / "last.ckpt"
-    with interruptible():
+    with interruptible(), without_advice():
         trainer.fit(module, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
     trainer.strategy.barrier()
     module.to(trainer.strategy.root_device)
@@ -127,10 +143,13 @@ def versions() -> dict[str, str]:
 
 
 def named(model: Any) -> Any:
-    """What config.yaml says of a model: its name, its options where there are more, or the class of a loaded one."""
+    """What config.yaml says of a model: its name, or all options where they are given; a loaded one has its name too,
+    a reward of another class that of its class."""
     if model is None or isinstance(model, str):
         return model
-    if isinstance(model, Policy):
+    if isinstance(model, LikelihoodReward):
+        model = model.judge
+    if isinstance(model, (Policy, SequenceClassifierReward)):
         own = model.backbone.model
         folder = Path(own.name_or_path or type(own).__name__)
         return f"{folder.parent.name}/{folder.name}" if folder.parent.parent == ASSETS else str(folder)
@@ -146,30 +165,26 @@ def fingerprint(rows: Iterable[Any]) -> str:
 def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:
     """Write config.yaml, or refuse a folder that holds a run of another configuration."""
     file = folder / "config.yaml"
-    if file.is_file():
-        there = yaml.safe_load(file.read_text(encoding="utf-8"))
-        there, here = flatten(there if isinstance(there, dict) else {}), flatten(config)
-        differing = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
-        if differing:
-            name = differing[0]
-            more = f" and {len(differing) - 1} more settings" if len(differing) > 1 else ""
-            raise UserError(
-                "run_dir",
-                f"{folder} to hold this configuration",
-                f"{name} = {there.get(name)!r} there and {here.get(name)!r} now{more}",
-                "Choose another {run_dir}, or delete that folder.",
-            )
+    if not file.is_file():
+        write_config(folder, config)
         return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
-    except OSError as error:
+        there = flatten(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
+        raise UserError(
+            "run_dir", f"the configuration of a run in {file}", "something else", "Choose another {run_dir}."
+        ) from None
+    here = flatten(config)
+    differing = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
+    if differing:
+        name = differing[0]
+        more = f" and {len(differing) - 1} more settings" if len(differing) > 1 else ""
         raise UserError(
             "run_dir",
-            "a folder that can be written",
-            f"none at {folder} ({error.strerror or error})",
-            "Choose another {run_dir}.",
-        ) from error
+            f"{folder} to hold this configuration",
+            f"{name} = {there.get(name)!r} there and {here.get(name)!r} now{more}",
+            "Choose another {run_dir}, or delete that folder.",
+        )
 
 
 def peak_memory_mb(device: torch.device) -> float:

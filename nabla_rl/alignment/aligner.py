@@ -127,8 +127,11 @@ class PolicyAligner(AdapterTraining):
             stop_at_kl=stop_at_kl,
             eval_generations=eval_generations,
         )
-        kind = decoder_class(search, argument="search")
-        self.searcher: AbstractDecoder = options.get(kind.name) or kind()
+        searcher = options.get(search)
+        if searcher is None:
+            kind = decoder_class(search, argument="search")
+            searcher = options.get(kind.name) or kind()
+        self.searcher: AbstractDecoder = searcher
         if rollouts != "sample":
             check_search(self.searcher, rl)
         self.rollouts = rollouts

@@ -34,7 +34,7 @@ from nabla_rl.alignment.evaluation import KL_ESTIMATE
 from nabla_rl.alignment.rollouts import Rollouts
 from nabla_rl.data.problems import Grader, Problem, as_problems
 from nabla_rl.decoding.base import AbstractDecoder
-from nabla_rl.decoding.run import embedded_family, plain
+from nabla_rl.decoding.run import build_decoder, embedded_family, plain
 from nabla_rl.models.adapters import LoraOptions
 from nabla_rl.models.loading import PolicyOptions, RewardOptions, load_policy, resolve_name
 from nabla_rl.models.policy import Policy
@@ -74,7 +74,7 @@ def align(
     algorithm: Algorithm = "rloo",
     kl_estimator: KLEstimator = "auto",
     rollouts: Rollouts = "sample",
-    search: AbstractDecoder | None = None,
+    search: str | type[AbstractDecoder] | AbstractDecoder = "nabla",
     rl: RLConfig | None = None,
     lora: LoraOptions | None = None,
     stop_at_kl: float | None = None,
@@ -105,7 +105,7 @@ def align(
         algorithm: rloo or grpo.
         kl_estimator: auto, k1, k3 or exact.
         rollouts: sample, search or mixed.
-        search: The decoder that searches, for `rollouts` other than sample.
+        search: The decoder that searches, for `rollouts` other than sample: a name, a class, or one with its options.
         rl: Settings of reinforcement learning, in TRL's words.
         lora: Settings of the adapter, in PEFT's words.
         stop_at_kl: Mean KL in nats per completion at which training stops; None is never.
@@ -124,7 +124,7 @@ def align(
     settings = rl or RLConfig()
     settings = settings if beta is None else replace(settings, beta=beta)
     named_funcs = list(reward_funcs or (["judge"] if reward is not None else ["grader"]))
-    family = embedded_family(policy)
+    family, searcher = embedded_family(policy), build_decoder(search, argument="search")
     module = PolicyAligner(
         policy=policy if isinstance(policy, PolicyOptions) else PolicyOptions(named(policy)),
         reward=_reward_options(reward),
@@ -139,7 +139,8 @@ def align(
         eval_generations=eval_generations,
         family=family or "words",
         seed=seed,
-        **({} if search is None else {"search": search.name, search.name: search}),
+        search=searcher.name,
+        **{searcher.name: searcher},
     )
     data = AlignmentData.of(
         None if problems is None else as_problems(problems),
@@ -156,7 +157,7 @@ def align(
         "kl_estimator": kl_estimator,
         "reward_funcs": module.reward_names,
         "rollouts": rollouts,
-        "search": None if rollouts == "sample" else plain({module.searcher.name: asdict(module.searcher)}),  # pyright: ignore
+        "search": None if rollouts == "sample" else plain({searcher.name: asdict(searcher)}),  # pyright: ignore
         "rl": plain(asdict(settings)),
         "lora": plain(asdict(module.lora)),
         "stop_at_kl": stop_at_kl,
@@ -272,8 +273,8 @@ def model_card(summary: Mapping[str, Any], module: PolicyAligner, config: Mappin
         "| | |",
         "|---|---|",
         f"| data | {problems}; held out: {held} |",
-        f"| reward | {', '.join(module.reward_names)}; reward model {module.reward_options['reward'].name}; never "
-        f"seen: {module.reward_options['gold'].name} |",
+        f"| reward | {', '.join(module.reward_names)}; reward model {module.reward_options['reward'].name or 'none'}; "
+        f"never seen: {module.reward_options['gold'].name or 'none'} |",
         f"| β | {rl.beta} (KL estimator {summary['kl_estimator']}) |",
         f"| KL reached | {with_error(summary['after'], 'kl')} nats per completion |",
         f"| steps | {summary['steps'] or summary['stopped']} of {rl.num_generations} × "

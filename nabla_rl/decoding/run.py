@@ -368,11 +368,13 @@ def decoded_of(row: Row, problem: Problem) -> Decoded:
     )  # fmt: skip
 
 
-def build_decoder(decoder: str | type[AbstractDecoder] | AbstractDecoder) -> AbstractDecoder:
-    """A decoder from its name, its class path, its class, or as it is."""
+def build_decoder(
+    decoder: str | type[AbstractDecoder] | AbstractDecoder, *, argument: str = "decoder"
+) -> AbstractDecoder:
+    """A decoder from its name, its class path, its class, or as it is; `argument` is the setting that errors name."""
     if isinstance(decoder, AbstractDecoder):
         return decoder
-    return (decoder_class(decoder) if isinstance(decoder, str) else decoder)()
+    return (decoder_class(decoder, argument=argument) if isinstance(decoder, str) else decoder)()
 
 
 def decoder_class(name: str, *, argument: str = "decoder") -> type[AbstractDecoder]:

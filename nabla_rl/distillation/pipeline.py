@@ -628,7 +628,8 @@ def model_card(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     )
     teacher = summary["teacher"] and f"answers of {summary['teacher']['policy']} with {summary['teacher']['decoder']}"
     fell = ", ".join(f"{name} {count}" for name, count in made["counts"].items())
-    pays = None if summary["amortisation"] is None else summary["amortisation"]["crossing"]
+    curve = summary["amortisation"] or {"crossing": None}
+    pays = "never" if curve["crossing"] is None else f"after {curve['crossing']:,.0f} questions"
     lines = [
         "---",
         "library_name: peft",
@@ -647,7 +648,7 @@ def model_card(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         f"| β | {summary['beta']} |",
         f"| steps | {training['steps']} (kept: {training['best_step'] or 'the last'}) |",
         f"| cost | data {made['decode_flops'] + made['target_flops']:.3e}, training {training['flops']:.3e} FLOPs |",
-        f"| pays for itself | {'never' if pays is None else f'after {pays:,.0f} questions'} |",
+        *([f"| pays for itself | {pays} |"] if summary["teacher"] else []),
         f"| versions | {', '.join(f'{name} {number}' for name, number in summary['versions'].items())} |",
         "",
         f"Held-out figures ({summary['problems']} problems, greedy but for the teacher's decoder):",

@@ -109,14 +109,14 @@ class Adapter:
         folder = Path(folder)
         if not self.changed():
             raise UserError(
-                "adapter",
+                "the adapter",
                 "weights that training has changed",
                 f"none changed, so nothing is saved in {folder}",
                 f"Take more steps, a larger {{{section}.learning_rate}}, or a reward that tells completions apart.",
             )
         if not all(torch.isfinite(weight).all() for weight in self.parameters()):
             raise UserError(
-                "adapter",
+                "the adapter",
                 "finite weights",
                 f"NaN or infinity, so nothing is saved in {folder}",
                 f"Lower {{{section}.learning_rate}}.",

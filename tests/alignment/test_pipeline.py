@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import pytest
@@ -177,6 +178,19 @@ def test_a_folder_of_other_settings_is_refused(named, models, changes):
         align(str(models / "policy"), str(models / "reward"), folder=named.folder, **given)
 
 
+@pytest.mark.parametrize("content", ["", "a: [", "text"])
+def test_a_folder_of_something_else_is_refused(models, tmp_path, content):
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(nr.UserError, match="run_dir: expected the configuration of a run in .*, found something else"):
+        align(str(models / "policy"), str(models / "reward"), PROBLEMS, folder=tmp_path, **OPTIONS)
+
+
+def test_a_file_is_no_folder(models, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(nr.UserError, match="run_dir: expected a folder that can be written"):
+        align(str(models / "policy"), str(models / "reward"), PROBLEMS, folder=tmp_path / "file", **OPTIONS)
+
+
 def short(completions: Sequence[Any], **columns: Any) -> list[float]:
     return [-float(len(text)) for text in completions]
 
@@ -208,6 +222,24 @@ def test_searched_completions_and_snapshots(models, tmp_path):
     assert done.summary["steps"] == 4
 
 
+@dataclass(frozen=True)
+class Own(nr.EditSearch):
+    """A decoder that is not in `DECODERS`."""
+
+    name: ClassVar[str] = "own"
+    temperature: float = 1.0
+
+
+@pytest.mark.parametrize("search", [Own, Own(max_rollouts=2), "nabla"], ids=["class", "instance", "name"])
+def test_a_search_may_be_a_name_a_class_or_an_instance(models, tmp_path, search):
+    options = {**OPTIONS, "rl": replace(RL, max_steps=1)}
+    done = align(
+        str(models / "policy"), str(models / "reward"), PROBLEMS, folder=tmp_path, rollouts="search", search=search,
+        **options,
+    )  # fmt: skip
+    assert done.summary["after"]["kl"] > 0
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
@@ -220,6 +252,7 @@ def test_searched_completions_and_snapshots(models, tmp_path):
         ({"policy": "nowhere"}, "policy.name: expected a folder, a Hub name or an embedded model"),
         ({"rollouts": "search"}, "rollouts: expected sample, found search or mixed"),
         ({"rollouts": "search", "search": nr.EditSearch(), "rl": RL}, "search: expected a search whose completions"),
+        ({"search": "no_such"}, "search: expected one of greedy, sample,"),
         ({"beta": -1.0}, "rl.beta: expected a number of at least 0, found -1.0"),
         ({"problems": [Problem("1", "abc" * 40)] * 1, "held_out": ["abc" * 40]}, "problem '1': expected prompt and"),
     ],

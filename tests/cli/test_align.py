@@ -378,5 +378,5 @@ def test_an_adapter_that_has_not_changed_is_not_saved(models, tmp_path, capsys):
         sys.path.remove(str(tmp_path))
     said = capsys.readouterr().err
     assert "found all equal for 10 steps" in said and "Raise rl.num_generations" in said
-    assert said.strip().splitlines()[-1].startswith("error: adapter: expected weights that training has changed")
+    assert said.strip().splitlines()[-1].startswith("error: the adapter: expected weights that training has changed")
     assert not (tmp_path / "run" / "adapter").exists()
