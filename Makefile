@@ -9,7 +9,7 @@ PYTHON := $(VENV)/bin/python
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 ARGS ?=
 
-.PHONY: help install install-test decode test lint format bench models clean
+.PHONY: help install install-test decode test test-core lint format bench models clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,11 @@ decode: $(VENV)/.installed  ## decode the tiny test problems: gradient-based dec
 
 test: $(VENV)/.installed-test  ## run every test this machine can run, offline
 	OMP_NUM_THREADS=1 $(OFFLINE) $(PYTHON) -m pytest -n 2 $(ARGS)
+
+CORE := tests/functional tests/samplers tests/metrics tests/test_dto.py tests/test_ledger.py tests/decoding nabla_rl/functional
+
+test-core: $(VENV)/.installed-test  ## the algorithms on toys alone, in under a minute
+	OMP_NUM_THREADS=1 $(OFFLINE) $(PYTHON) -m pytest -q -n 2 -m "not slow" $(CORE) $(ARGS)
 
 lint: $(VENV)/.installed-test  ## ruff, ruff format, pyright, import-linter
 	$(VENV)/bin/ruff check .
@@ -73,9 +78,11 @@ $(PYTHON):
 
 # Order-only on the interpreter: its timestamp says nothing about what is installed.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(PYTHON)
-	$(PYTHON) -m pip install -c constraints.txt -e .
+	@echo "installing the package into $(VENV) (minutes the first time)"
+	@$(PYTHON) -m pip install -q --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml constraints.txt | $(PYTHON)
-	$(PYTHON) -m pip install -c constraints.txt -e ".[test]"
+	@echo "installing the package and its tests' tools into $(VENV) (minutes the first time)"
+	@$(PYTHON) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[test]"
 	@touch $@ $(VENV)/.installed

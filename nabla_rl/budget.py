@@ -20,7 +20,7 @@ class Budget:
     rollouts: int | None = None
     """Maximum number of completions tried for each problem; null is no limit."""
     flops: float | None = None
-    """Maximum floating-point operations for each problem, as the ledger counts them; null is no limit."""
+    """Maximum floating-point operations (FLOPs) for each problem; null is no limit."""
     seconds: float | None = None
     """Maximum seconds for each problem; null is no limit. Results then depend on the machine."""
 

@@ -18,15 +18,15 @@ class AdapterConfig:
 
     section: ClassVar[str]
     gradient_accumulation_steps: int = 1
-    """Such batches to one optimiser step."""
+    """Number of batches to one optimiser step."""
     max_steps: int = 200
-    """Optimiser steps."""
+    """Number of optimiser steps."""
     learning_rate: float = 1e-4
-    """Step size of the optimiser at its peak."""
+    """Peak step size of the optimiser."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    """What becomes of it: to zero along a line or a cosine, or constant."""
+    """Schedule of the step size: to zero along a line or a cosine, or constant."""
     warmup_steps: int = 0
-    """Steps of linear warm-up."""
+    """Number of steps of linear warm-up."""
     optim: Literal["adamw_torch", "sgd"] = "adamw_torch"
     """Optimiser."""
     adam_beta1: float = 0.9
@@ -36,18 +36,18 @@ class AdapterConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW."""
     max_grad_norm: float = 1.0
-    """The gradient's norm is cut to this; 0: never."""
+    """Norm that the gradient is cut to; 0 is never."""
     logging_steps: int = 1
     """Steps between lines of the metrics."""
     save_steps: int = 25
     """Steps between checkpoints."""
     report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
-    """Where metrics go besides metrics.jsonl."""
+    """Logger of the metrics, besides metrics.jsonl."""
 
     def check(
         self, *, at_least_one: Sequence[str] = (), positive: Sequence[str] = (), not_negative: Sequence[str] = ()
     ) -> None:
-        """Refuse values out of range, those of further fields too, in the spelling of the command line."""
+        """Refuse values out of range, those of further fields too,."""
         option = self.section
         for name in ("gradient_accumulation_steps", "max_steps", "logging_steps", "save_steps", *at_least_one):
             if getattr(self, name) < 1:

@@ -29,43 +29,42 @@ class RLConfig(AdapterConfig):
 
     section: ClassVar[str] = "rl"
     beta: float = 1.0
-    """KL coefficient β = 1/λ of J(π) = E[r] - β KL(π‖reference), as in decode's energy L(y) = -r/β - log π."""
+    """KL coefficient β = 1/λ of J(π) = E[r] - β KL(π‖reference), the same as in decoding."""
     num_generations: int = 8
-    """Completions of each prompt: a group."""
+    """Number of completions of each prompt, a group."""
     per_device_train_batch_size: int = 64
-    """Completions a process puts through one forward and backward: whole groups."""
+    """Completions in one forward and backward of a process, whole groups."""
     num_iterations: int = 1
-    """Optimiser steps on each draw of completions (μ); the ratio is clipped from the second on."""
+    """Number of optimiser steps on each draw of completions (μ)."""
     epsilon: float = 0.2
-    """Lower clipping range of the ratio."""
+    """Lower clipping range of the probability ratio."""
     epsilon_high: float | None = None
-    """Upper clipping range; null: as the lower."""
+    """Upper clipping range; null is the lower one."""
     loss_type: LossType = "dapo"
-    """How GRPO averages over tokens: grpo (within each completion first), dapo (all alike), dr_grpo (a constant)."""
+    """GRPO's average over tokens: grpo (by completion), dapo (all alike), dr_grpo (a constant)."""
     scale_rewards: ScaleRewards = "group"
-    """What GRPO divides advantages by: the standard deviation of the group, of the batch, or none."""
+    """Divisor of GRPO's advantages: the standard deviation of the group, of the batch, or none."""
     use_bias_correction_kl: bool = True
-    """GRPO's KL is multiplied by the ratio, so that its gradient is that of the KL."""
+    """Product of GRPO's KL and the ratio, so that its gradient is that of the KL."""
     temperature: float = 1.0
-    """Divides the logits, of the samples and of everything that is scored (as TRL does)."""
+    """Sampling temperature, also of everything that is scored."""
     top_p: float = 1.0
-    """Nucleus of the samples; 1: the whole law."""
+    """Nucleus mass of the samples; 1 keeps the whole distribution."""
     top_k: int = 0
-    """Likeliest tokens that samples are drawn from; 0: all, the only value of the lightning engine."""
+    """Number of likeliest tokens sampled from; 0 is all, the only value for the lightning engine."""
     max_completion_length: int = 88
-    """Tokens at most in one completion."""
+    """Maximum tokens of a completion."""
     reward_weights: list[float] | None = None
-    """Weights of the reward functions in their sum; null: 1 each."""
+    """Weights of the reward functions in their sum; null is 1 each."""
     log_completions: bool = True
-    """Log sample completions, too."""
+    """Logging of sample completions."""
     num_completions_to_print: int | None = 4
-    """How many of them; null: all of a batch."""
+    """Number of completions logged; null is all of a batch."""
     eval_steps: int | None = None
-    """Steps between evaluations on the held-out problems while it trains, for learning curves; null: none. What they
-    cost is kept apart from what training costs."""
+    """Steps between evaluations on the held-out problems during training; null is none."""
 
     def __post_init__(self) -> None:
-        """Check the values in the spelling of the command line."""
+        """Check the values."""
         if not self.beta >= 0 or math.isinf(self.beta):
             raise UserError(
                 "rl.beta",
@@ -96,7 +95,7 @@ class RLConfig(AdapterConfig):
             not_negative=("epsilon", "top_k"),
         )
         if not 0 < self.top_p <= 1:
-            raise UserError("rl.top_p", "a number in (0, 1]", str(self.top_p), "Use 1 for the law.")
+            raise UserError("rl.top_p", "a number in (0, 1]", str(self.top_p), "Use 1 for the whole distribution.")
 
     @property
     def sampling(self) -> Sampling:
@@ -134,7 +133,7 @@ def check_options(
     stop_at_kl: float | None,
     eval_generations: int,
 ) -> None:
-    """Refuse options that do not go together, in the spelling of the command line.
+    """Refuse options that do not go together,.
 
     `judge` is the name of the reward model, `adapter` that of one that is in the policy already, `searched` whether
     completions come from a search.

@@ -11,7 +11,7 @@ from nabla_rl.adapters.run import figure_names, with_error
 from nabla_rl.alignment.aligner import PolicyAligner
 from nabla_rl.alignment.data import AlignmentData
 from nabla_rl.alignment.pipeline import read_finished, train
-from nabla_rl.cli.base import VerbCLI, spelling, tell, terminable, wide_console
+from nabla_rl.cli.base import VerbCLI, choose_threads, spelling, tell, terminable, wide_console
 from nabla_rl.cli.progress import TrainingProgress
 from nabla_rl.cli.training import TrainingCLI
 
@@ -22,10 +22,10 @@ class AlignCLI(TrainingCLI):
     verb, settings = "align", "rl"
     names_decoders, beta_option = "search", "model.rl.beta"
     description = """
-Train a LoRA adapter towards the tilted policy that decoding searches, by KL-regularised reinforcement
-learning: the same reward, the same beta, the same problems as decode. Without options: the embedded
-tiny models, offline, in minutes. Options come from YAML files (--config) and from the command line,
-which wins. The same command resumes a run that was interrupted.
+Train a LoRA adapter towards the tilted policy that decoding searches, by KL-regularised
+reinforcement learning: the same reward, the same beta, the same problems as decode. Without
+options: the embedded tiny models, offline, in minutes. Options come from YAML files (--config)
+and from the command line, which wins. The same command resumes an interrupted run.
 
 Most runs set: --model.policy.name, --model.reward.name, --model.reward_funcs, --model.rl.beta,
 --data.path, --run_dir."""
@@ -52,6 +52,7 @@ def run(cli: VerbCLI) -> int:
             return 0
     module.run_dir = folder
     module.prepare(trainer.strategy.root_device, data)
+    choose_threads(module.policy)
     if trainer.is_global_zero:
         tell([cli.note], "note")
         tell(data.notices)

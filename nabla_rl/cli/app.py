@@ -5,113 +5,107 @@ Heavy libraries are imported by the verb that needs them, so that `nabla-rl --he
 
 from __future__ import annotations
 
+import difflib
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
+from nabla_rl import __version__
 from nabla_rl.types import UserError
 
 VERBS = {
-    "decode": "decode problems with ∇-Reasoner and its rivals, with every cost counted",
-    "align": "train a LoRA adapter towards the policy that decoding heads for, same reward, same beta",
+    "decode": "answer problems with several decoders, every cost counted",
+    "align": "train a LoRA adapter by KL-regularised reinforcement learning, same reward, same beta",
     "distill": "carry what decoding found into a LoRA adapter of the same or a lighter model",
-    "ablate": "hold the two sides against each other: studies over grids, exact where it can be",
+    "ablate": "hold the two sides against each other: studies over variants and seeds",
     "train-tiny": "make one of the embedded tiny models",
+    "config": "print the commented configuration of decode, align or distill",
 }
+CONFIGURED = ("decode", "align", "distill")
 USAGE = """usage: nabla-rl <verb> [options]
 
-Gradient descent on a sample at test time, and the reinforcement learning that it is the dual of.
+Better answers from a language model at test time, by gradient or by value, and the reinforcement
+learning that this is the dual of.
 
 verbs:
 {verbs}
 
-`nabla-rl <verb> --help` lists a verb's options."""
+`nabla-rl <verb> --help` lists a verb's options; `nabla-rl config <verb> > mine.yaml` writes them down."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the `nabla-rl` command. Returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    usage = USAGE.format(verbs="\n".join(f"  {name:<12}{text}" for name, text in VERBS.items()))
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage)  # noqa: T201
+        print(USAGE.format(verbs="\n".join(f"  {name:<12}{text}" for name, text in VERBS.items())))  # noqa: T201
         return 0
     verb, rest = arguments[0], arguments[1:]
     if verb == "--version":
-        from importlib.metadata import version
-
-        print(version("nabla-rl"))  # noqa: T201
+        print(__version__)  # noqa: T201
         return 0
     if verb not in VERBS:
-        return complain(f"nabla-rl: expected a verb ({', '.join(VERBS)}), found {verb!r}. See nabla-rl --help.")
-    return {"decode": decode, "align": align, "distill": distill, "ablate": ablate, "train-tiny": train_tiny}[verb](
-        rest
-    )
+        return complain(f"nabla-rl: expected a verb ({', '.join(VERBS)}), found {verb!r}.{meant(verb, VERBS)}")
+    return {"decode": decode, "align": align, "distill": distill, "ablate": ablate, "train-tiny": train_tiny,
+            "config": config}[verb](rest)  # fmt: skip
+
+
+def meant(found: str, known: Sequence[str] | dict[str, str]) -> str:
+    """A guess at what was meant."""
+    close = difflib.get_close_matches(found.replace("_", "-"), list(known), 1)
+    return f" Did you mean {close[0]}?" if close else " See nabla-rl --help."
 
 
 def decode(arguments: Sequence[str] | None = None) -> int:
     """`nabla-rl decode`, `python scripts/decode.py`."""
-    return run(lambda rest: _module("decode").main(rest), arguments)
+    return run("decode", arguments)
 
 
 def align(arguments: Sequence[str] | None = None) -> int:
     """`nabla-rl align`, `python scripts/align.py`."""
-
-    def verb(rest: list[str]) -> int:
-        import nabla_rl.cli.align
-
-        quiet_loggers()
-        return nabla_rl.cli.align.main(rest)
-
-    return run(verb, arguments)
+    return run("align", arguments)
 
 
 def distill(arguments: Sequence[str] | None = None) -> int:
     """`nabla-rl distill`, `python scripts/distill.py`."""
-
-    def verb(rest: list[str]) -> int:
-        import nabla_rl.cli.distill
-
-        quiet_loggers()
-        return nabla_rl.cli.distill.main(rest)
-
-    return run(verb, arguments)
+    return run("distill", arguments)
 
 
 def ablate(arguments: Sequence[str] | None = None) -> int:
     """`nabla-rl ablate`, `python scripts/ablate.py`."""
-
-    def verb(rest: list[str]) -> int:
-        import nabla_rl.cli.ablate
-
-        quiet_loggers()
-        return nabla_rl.cli.ablate.main(rest)
-
-    return run(verb, arguments)
+    return run("ablate", arguments)
 
 
 def train_tiny(arguments: Sequence[str] | None = None) -> int:
     """`nabla-rl train-tiny`, `python scripts/train_tiny.py`."""
-    return run(lambda rest: _module("train_tiny").main(rest), arguments)
+    return run("train_tiny", arguments)
 
 
-def _module(name: str):
-    from importlib import import_module
+def config(arguments: Sequence[str]) -> int:
+    """`nabla-rl config VERB [options]`: the commented configuration that the options give."""
+    verb = arguments[0] if arguments else ""
+    if verb not in CONFIGURED:
+        known = ", ".join(CONFIGURED)
+        return complain(f"nabla-rl config: expected one of {known}, found {verb!r}.{meant(verb, CONFIGURED)}")
+    return run(verb, arguments[1:], lambda main, rest: main(rest, prints_config=True))
 
-    module = import_module(f"nabla_rl.cli.{name}")
-    quiet_loggers()
-    return module
 
-
-def run(verb: Callable[[list[str]], int], arguments: Sequence[str] | None) -> int:
+def run(
+    verb: str,
+    arguments: Sequence[str] | None,
+    call: Callable[[Callable[..., int], list[str]], int] = lambda main, rest: main(rest),
+) -> int:
     """Run a verb; what is wrong with the input becomes one line and exit code 2."""
     quiet()
+    module = import_module(f"nabla_rl.cli.{verb}")
+    quiet_loggers()
     from jsonargparse import ArgumentError
 
     from nabla_rl.cli.base import Complaint
 
     try:
-        return verb(list(sys.argv[1:] if arguments is None else arguments))
+        return call(module.main, list(sys.argv[1:] if arguments is None else arguments))
     except (Complaint, UserError, ArgumentError) as error:
         return complain(str(error))
     except (MemoryError, RuntimeError) as error:
@@ -119,12 +113,11 @@ def run(verb: Callable[[list[str]], int], arguments: Sequence[str] | None) -> in
             raise
         return complain(
             f"expected enough memory, found too little ({first_sentence(error)}). Lower --data.batch_size, take fewer "
-            "rollouts or shorter completions, or optimise a --model.nabla.support of a few tokens. What is finished "
-            "is kept."
+            "rollouts or shorter completions, or set --model.nabla.support to a few tokens. What is finished is kept."
         )
     except KeyboardInterrupt as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            complain("interrupted. What is finished is kept; the same command goes on from there.")
+            complain("interrupted. What is finished is kept; the same command resumes it.")
         return 128 + (error.args[0] if error.args else signal.SIGINT)
 
 
@@ -147,7 +140,7 @@ def first_sentence(error: BaseException) -> str:
 
 
 def quiet() -> None:
-    """Keep the libraries' own notices out of a run's output."""
+    """Keep the libraries' own notices out of a run's output, and idle threads from spinning."""
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -155,6 +148,7 @@ def quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
     warnings.filterwarnings("ignore", module=r"(lightning|torch|jsonargparse|transformers)\b.*")
     quiet_loggers()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import os
 import re
 import resource
 import signal
@@ -146,7 +147,7 @@ def yaml_complaint(file: str) -> str | None:
 def type_names(text: str) -> str:
     """Types as the parser prints them, in plain words."""
     names = []
-    for literal, plain in re.findall(r"typing\.Literal\[(.*?)\]|<class '(\w+)'>", text):
+    for literal, plain in re.findall(r"typing\.Literal\[(.*?)\]|(?:<class '|\b)(\w+)(?:'>|\[\w+\])", text):
         names.append(f"one of {literal.replace(chr(39), '')}" if literal else TYPE_NAMES.get(plain, plain))
     return " or ".join(dict.fromkeys(names)) or text
 
@@ -300,14 +301,12 @@ class VerbCLI(LightningCLI):
             return files, None
         chosen = flatten(yaml.safe_load(real.read_text(encoding="utf-8")))
         told = ", ".join(
-            f"{name} {'none' if value is None else value}"
+            f"{name.partition('.')[2]} {'null' if value is None else value}"
             for name, value in chosen.items()
-            if name not in glimpse(arguments, ())
+            if name not in given
         )
-        return [
-            *files,
-            real,
-        ], f"{policy} is not embedded: {told} (configs/{cls.verb}/real.yaml; your options win)"
+        note = f"{policy} is not embedded: {told} (configs/{cls.verb}/real.yaml; your options win)"
+        return [*files, real], note if told else None
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run's own options, those of decoders and rewards, and tie what must agree."""
@@ -541,7 +540,7 @@ def has_options(kind: type[AbstractDecoder]) -> bool:
 
 def first_line(kind: type) -> str:
     """The first line of a class's documentation, without its full stop."""
-    return (kind.__doc__ or kind.__name__).strip().split("\n")[0].split(":")[0].split(";")[0].rstrip(".")
+    return re.split(r"[:;,.]", (kind.__doc__ or kind.__name__).strip())[0]
 
 
 def option_help(action: argparse.Action, parser: ArgumentParser) -> list[str]:
@@ -630,6 +629,18 @@ def peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+SMALL = 50_000_000
+"""Weights below which one thread is faster than two that wait for each other."""
+
+
+def choose_threads(*models: torch.nn.Module | None) -> None:
+    """Compute on one thread where all models are small and on the CPU, unless OMP_NUM_THREADS says otherwise."""
+    sizes = [sum(weight.numel() for weight in model.parameters()) for model in models if model is not None]
+    on_cpu = all(next(m.parameters(), torch.zeros(())).device.type == "cpu" for m in models if m is not None)
+    if on_cpu and "OMP_NUM_THREADS" not in os.environ and max(sizes, default=0) < SMALL:
+        torch.set_num_threads(1)
 
 
 def tell(notices: Iterable[str | None], level: str = "warning") -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from lightning import Trainer
 from rich.console import Console
 
-from nabla_rl.cli.base import VerbCLI, peak_memory_mb, spelling, tell, terminable, wide_console
+from nabla_rl.cli.base import VerbCLI, choose_threads, peak_memory_mb, spelling, tell, terminable, wide_console
 from nabla_rl.cli.progress import DecodingProgress
 from nabla_rl.data.module import ProblemData
 from nabla_rl.decoding.module import DecodingModule, chosen_decoders
@@ -26,12 +26,12 @@ class DecodeCLI(VerbCLI):
 
     verb = "decode"
     description = """
-Answer problems with several decoders, every cost counted. Without options: test problems of the
-embedded tiny world by its embedded models, offline. Options come from YAML files (--config) and from
-the command line, which wins. The same command resumes a run that was interrupted.
+Answer problems with several decoders, every cost counted. Without options: test problems of
+the embedded tiny world by its embedded models, offline. Options come from YAML files (--config)
+and from the command line, which wins. The same command resumes an interrupted run.
 
-Most runs set: --model.policy.name, --model.reward.name, --model.decoders, --model.beta, --data.path,
---run_dir."""
+Most runs set: --model.policy.name, --model.reward.name, --model.decoders, --model.beta,
+--data.path, --run_dir."""
 
     def trainer_settings(self) -> dict[str, Any]:
         return {**super().trainer_settings(), "trainer.inference_mode": False, "trainer.barebones": False}
@@ -55,6 +55,7 @@ def run(cli: VerbCLI) -> int:
     check_same_problems(folder, data.problems)
     # before Lightning starts other processes: what is wrong with the models is then said once
     module.prepare(trainer.strategy.root_device, data)
+    choose_threads(module.job.policy, module.job.reward, module.job.gold)
     module.run_folder = folder
     if trainer.is_global_zero:
         tell([cli.note], "note")

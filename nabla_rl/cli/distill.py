@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.table import Table
 
-from nabla_rl.cli.base import VerbCLI, spelling, tell, terminable, wide_console
+from nabla_rl.cli.base import VerbCLI, choose_threads, spelling, tell, terminable, wide_console
 from nabla_rl.cli.progress import DecodingBar, TrainingProgress
 from nabla_rl.cli.training import TrainingCLI
 from nabla_rl.distillation.data import DistillationData
@@ -23,10 +23,10 @@ class DistillCLI(TrainingCLI):
     owner, beta_option = "teacher", "teacher.beta"
     precisions = (*TrainingCLI.precisions, "bf16-mixed", "16-mixed")
     description = """
-Carry what decoding found into lighter weights: decode training problems with a teacher, and train a
-LoRA adapter of a student on the answers. Without options: the embedded tiny models, offline, in
-minutes. Options come from YAML files (--config) and from the command line, which wins. The same command
-resumes a run that was interrupted.
+Carry what decoding found into lighter weights: decode training problems with a teacher, and
+train a LoRA adapter of a student on the answers. Without options: the embedded tiny models,
+offline, in minutes. Options come from YAML files (--config) and from the command line, which
+wins. The same command resumes an interrupted run.
 
 Most runs set: --teacher.policy.name, --teacher.reward.name, --model.policy.name (the student),
 --model.method, --data.path or --data.results, --data.limit, --run_dir."""
@@ -66,6 +66,7 @@ def run(cli: VerbCLI) -> int:
             engine=cli.config.engine, callbacks=[TrainingProgress()], watch=bar.show,
         )  # fmt: skip
         work.check()
+        choose_threads(cli.model.policy)
         if trainer.is_global_zero:
             tell([cli.note], "note")
             tell(cli.datamodule.notices)

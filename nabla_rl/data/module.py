@@ -29,18 +29,17 @@ READERS: dict[str, tuple[Extract, Grader]] = {
 
 
 class ProblemData(L.LightningDataModule):
-    """What is to be solved.
+    """The problems of a run.
 
     Args:
-        family: which tiny world: words (word problems) or sorting. It also names the embedded models.
-        split: validation, test, or hard (more steps than training ever has); train for making distillation data.
+        family: Family of the tiny world: words or sorting; it also names the embedded models.
+        split: Split of the tiny world; hard has more steps than training ever has.
         limit: Maximum number of problems; null is all of a file, 64 of the tiny world.
-        problem_seed: another draw of problems from the same templates. Never training ones, unless split is train.
-        path: a JSONL file of your own (fields id, problem, optional answer) instead of the tiny world.
-        answers: how answers are read and graded: boxed (math-verify on the last boxed answer), exact (the whole
-            completion). Default: as the family does.
-        skip_bad: leave malformed lines of `path` out instead of refusing the file.
-        batch_size: problems decoded side by side. Results do not depend on it.
+        problem_seed: Seed of the draw of problems from the tiny world.
+        path: JSONL file of problems (fields problem, id, answer); null is the tiny world.
+        answers: Reading of answers: boxed (math-verify) or exact; null is the family's.
+        skip_bad: Permission to leave malformed lines out instead of refusing the file.
+        batch_size: Number of problems decoded side by side; results do not depend on it.
     """
 
     def __init__(

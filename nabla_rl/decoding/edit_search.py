@@ -124,7 +124,7 @@ class EditSearch(AbstractDecoder):
     min_score: float | None = None
     """Least score of an edit that is tried; null is 0 for exact values and no limit otherwise."""
     acceptance: EditAcceptance = "prefix"
-    """Whose energy must fall: that of the prefix up to the edit, or (energy) of the whole completion."""
+    """Energy that must fall: that of the prefix up to the edit, or of the whole completion."""
     temperature: float = 0.0
     """Sampling temperature of this search's rollouts, in place of the shared one."""
 

@@ -16,18 +16,18 @@ class DistillConfig(AdapterConfig):
 
     section: ClassVar[str] = "training"
     beta: float = 0.1
-    """DPO's β, of the implicit reward β log π/π_ref; not the β of the reward that decoding climbs."""
+    """β of DPO's implicit reward β log π/π_ref; not the β of the energy."""
     loss_type: list[Literal["sigmoid", "sft"]] = field(default_factory=lambda: ["sigmoid"])
-    """The losses of preferences: sigmoid (DPO), and sft (likelihood of the chosen completions), in any sum."""
+    """Losses of preferences, in any sum: sigmoid (DPO) and sft (likelihood of what was chosen)."""
     loss_weights: list[float] | None = None
-    """Weights of these losses; null: 1 each."""
+    """Weights of these losses; null is 1 each."""
     per_device_train_batch_size: int = 64
-    """Rows (of preferences: pairs) a process puts through one forward and backward."""
+    """Rows, or pairs of preferences, in one forward and backward of a process."""
     eval_steps: int = 100
-    """Steps between measurements on the validation problems; the best weights so measured are kept."""
+    """Steps between measurements on the validation problems; the best weights are kept."""
 
     def __post_init__(self) -> None:
-        """Check the values in the spelling of the command line."""
+        """Check the values."""
         if not self.loss_type or (self.loss_weights and len(self.loss_weights) != len(self.loss_type)):
             raise UserError(
                 "training.loss_weights", f"one for each of {len(self.loss_type)} losses", str(self.loss_weights)

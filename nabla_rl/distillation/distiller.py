@@ -36,7 +36,7 @@ class PolicyDistiller(AdapterTraining):
 
     Args:
         policy: Student: the teacher's own policy, or a lighter one.
-        method: Way to learn: sft, preference (DPO), soft (KL to tilted next tokens), or weighted (by exp(r/β)).
+        method: Way to learn: sft, preference (DPO), soft (tilted next tokens), weighted (exp(r/β)).
         kl: Direction of the KL to soft targets: forward, KL(target‖student), or reverse.
         alternatives: Number of the teacher's likeliest tokens that soft targets are over.
         training: Settings of the training, in TRL's words.

@@ -45,14 +45,14 @@ class Filters:
     """Which answers are worth learning from."""
 
     accept: list[Accept] = field(default_factory=lambda: ["reward"])
-    """Tests that an answer must pass: reward, verifier (it is right), agreement (of the rollouts tried)."""
+    """Tests that an answer must pass: reward, verifier (right), agreement (of its rollouts)."""
     min_reward: float = 0.0
     """Least reward; 0 is an even chance of being right where rewards are log-odds."""
     min_agreement: float = 0.5
     """Least share of the rollouts with the same final answer."""
 
     def __post_init__(self) -> None:
-        """Check the values in the spelling of the command line."""
+        """Check the values."""
         if math.isnan(self.min_reward):
             raise UserError("data.filters.min_reward", "a number", str(self.min_reward))
         if not 0 <= self.min_agreement <= 1:

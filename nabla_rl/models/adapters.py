@@ -27,14 +27,14 @@ class LoraOptions:
     """The adapter: W + (lora_alpha / r) B A with B = 0 at the start (Hu et al., 2021, Eq. 3; PEFT's names)."""
 
     r: int = 16
-    """Rank."""
+    """Rank of the update."""
     lora_alpha: int = 32
-    """Scale: the update is multiplied by lora_alpha / r."""
+    """Scale of the update, which is multiplied by lora_alpha / r."""
     target_modules: list[str] | str = ALL_LINEAR
-    """Names (or ends of names) of the linear layers that get one; all-linear: all but the output layer."""
+    """Names of linear layers that get one; all-linear is all but the output layer."""
 
     def __post_init__(self) -> None:
-        """Check the values in the spelling of the command line."""
+        """Check the values."""
         for name in ("r", "lora_alpha"):
             if getattr(self, name) < 1:
                 raise UserError(f"lora.{name}", "at least 1", str(getattr(self, name)))

@@ -61,7 +61,7 @@ class RewardOptions:
     trust_remote_code: bool = False
     """Permission to run Python code that comes with the checkpoint."""
     taught: str | None = None
-    """Copy that was taught its gradient (model or adapter folder), for proposals by gradient; null is none."""
+    """Copy that was taught its gradient, a model or an adapter's folder; null is none."""
 
 
 def is_embedded(name: str | None) -> bool:

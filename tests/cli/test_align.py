@@ -139,7 +139,7 @@ def test_killed_and_continued_is_unbroken_bit_for_bit(whole, models, tmp_path, s
     if sent == signal.SIGINT:
         assert process.returncode == 130
         said = [line for line in errors.splitlines() if "━" not in line and not line.startswith("note: ")]
-        assert said == ["error: interrupted. What is finished is kept; the same command goes on from there."]
+        assert said == ["error: interrupted. What is finished is kept; the same command resumes it."]
     assert not (run_dir / "summary.json").exists()
     done = start(options(models, run_dir))
     shown, errors = done.communicate(timeout=240)

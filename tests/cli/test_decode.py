@@ -374,7 +374,7 @@ def test_interrupting_keeps_what_is_finished_and_says_so(models, whole, tmp_path
         assert cli.decode(options(models, tmp_path / "run")) == 130
     assert signal.getsignal(signal.SIGINT) == handler
     out, err = capsys.readouterr()
-    assert err == "error: interrupted. What is finished is kept; the same command goes on from there.\n"
+    assert err == "error: interrupted. What is finished is kept; the same command resumes it.\n"
     assert "the 2 finished of 4 problems" in out
     assert read_summary(tmp_path / "run")["problems"] == 2  # those that every decoder has finished
     assert len(read_results(tmp_path / "run")) == 14
@@ -423,7 +423,7 @@ def test_ctrl_c_ends_with_130_and_one_line(models, tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err == "error: interrupted. What is finished is kept; the same command goes on from there.\n"
+    assert err == "error: interrupted. What is finished is kept; the same command resumes it.\n"
     assert "finished of 2000 problems" in out
     assert read_summary(tmp_path / "run")["problems"] >= 2
 

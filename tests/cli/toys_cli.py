@@ -48,6 +48,11 @@ def options(models: Path, run_dir: Path | None = None, **changes: object) -> lis
         "model.nabla.dto.num_steps": 4,
         "model.nabla.dto.step_size": 0.5,
         "model.edit_search.max_rollouts": 3,
+        # what a policy that is not embedded would else be given
+        "model.edit_search.alternatives": 8,
+        "model.edit_search.min_drop": 0.05,
+        "model.beta": 1.0,
+        "model.sampling.temperature": 0.8,
     }
     if run_dir is not None:
         values["run_dir"] = run_dir
