@@ -18,7 +18,7 @@ class AdapterConfig:
 
     section: ClassVar[str]
     gradient_accumulation_steps: int = 1
-    """Number of batches to one optimiser step."""
+    """Number of batches in one optimiser step."""
     max_steps: int = 200
     """Number of optimiser steps."""
     learning_rate: float = 1e-4
@@ -36,7 +36,7 @@ class AdapterConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW."""
     max_grad_norm: float = 1.0
-    """Norm that the gradient is cut to; 0 is never."""
+    """Norm to which the gradient is clipped; 0 never clips."""
     logging_steps: int = 1
     """Steps between lines of the metrics."""
     save_steps: int = 25
@@ -47,7 +47,7 @@ class AdapterConfig:
     def check(
         self, *, at_least_one: Sequence[str] = (), positive: Sequence[str] = (), not_negative: Sequence[str] = ()
     ) -> None:
-        """Refuse values out of range, those of further fields too,."""
+        """Refuse values out of range; the arguments name the fields of a subclass that have such a range."""
         option = self.section
         for name in ("gradient_accumulation_steps", "max_steps", "logging_steps", "save_steps", *at_least_one):
             if getattr(self, name) < 1:
@@ -60,7 +60,7 @@ class AdapterConfig:
                 raise UserError(f"{option}.{name}", "at least 0", str(getattr(self, name)))
 
     def as_trl(self, config: type, **more: Any) -> Any:
-        """The same settings as a config of TRL's; `more` are further fields of it."""
+        """The same settings as an instance of TRL's `config`; `more` sets further fields of it."""
         known = {entry.name for entry in fields(config)}
         shared = {name: value for name, value in vars(self).items() if name in known}
         settings: dict[str, Any] = {**shared, "bf16": False, "gradient_checkpointing": False, **more}

@@ -1,10 +1,13 @@
-"""What running a training of an adapter takes: the trainer, checkpoints, loggers, the run's folder, its figures."""
+"""What every training of an adapter needs: trainer, checkpoints, loggers, run folder, figures."""
 
 from __future__ import annotations
 
+import json
 import resource
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +21,9 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from nabla_rl.adapters.config import AdapterConfig
 from nabla_rl.adapters.training import AdapterTraining
+from nabla_rl.data.problems import Problem
+from nabla_rl.models.loading import ASSETS
+from nabla_rl.models.policy import Policy
 from nabla_rl.run_folder import flatten
 from nabla_rl.types import UserError
 
@@ -25,7 +31,7 @@ Engine = Literal["lightning", "trl"]
 
 
 def build_trainer(settings: AdapterConfig, *, device: torch.device | str | None = None) -> L.Trainer:
-    """Lightning's trainer for these settings, on one device: the GPU where there is one, unless a device is named."""
+    """Lightning's trainer for these settings on one device; None is the GPU where there is one."""
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cuda = place.type == "cuda"
     return L.Trainer(
@@ -44,12 +50,12 @@ def build_trainer(settings: AdapterConfig, *, device: torch.device | str | None 
 
 
 def norm_or_none(norm: float) -> float | None:
-    """Lightning's word for "never cut the gradient" is None."""
+    """Lightning writes None where the gradient is never clipped."""
     return norm or None
 
 
 def fit(module: AdapterTraining, trainer: L.Trainer, folder: Path, callbacks: Sequence[L.Callback] = ()) -> None:
-    """Train by Lightning, from the last checkpoint where there is one."""
+    """Train with Lightning; a run with a checkpoint resumes from it."""
     checkpoints = folder / "checkpoints"
     trainer.loggers = build_loggers(module.settings, folder)
     trainer.callbacks += [  # pyright: ignore
@@ -71,7 +77,7 @@ def fit(module: AdapterTraining, trainer: L.Trainer, folder: Path, callbacks: Se
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within, Ctrl-C is what it is elsewhere, and not what Lightning makes of it."""
+    """Within, Ctrl-C raises KeyboardInterrupt, which Lightning turns into SystemExit."""
     try:
         yield
     except SystemExit as stop:
@@ -81,7 +87,7 @@ def interruptible() -> Iterator[None]:
 
 
 def check_logger(report_to: str, section: str) -> None:
-    """Refuse W&B where it is not installed, before anything is loaded or trained."""
+    """Refuse W&B where it is not installed, before anything is loaded or trained; `section` holds the setting."""
     if report_to == "wandb" and find_spec("wandb") is None:
         raise UserError(
             f"{section}.report_to", "an installed logger", "no wandb", "Run `pip install wandb`, or use tensorboard."
@@ -89,7 +95,7 @@ def check_logger(report_to: str, section: str) -> None:
 
 
 def build_loggers(settings: AdapterConfig, folder: Path) -> list[Logger]:
-    """Where metrics go besides metrics.jsonl."""
+    """The loggers that get the metrics besides metrics.jsonl."""
     if settings.report_to == "tensorboard":
         return [TensorBoardLogger(folder, name="tensorboard", version="")]
     if settings.report_to == "wandb":
@@ -98,7 +104,7 @@ def build_loggers(settings: AdapterConfig, folder: Path) -> list[Logger]:
 
 
 def figure_names(figures: Mapping[str, Any]) -> list[str]:
-    """The figures that have a value."""
+    """The names of the figures that have a value."""
     skip = ("problems", "generations", "evaluation_flops")
     return [n for n, v in figures.items() if n not in skip and not n.endswith("_error") and v is not None]
 
@@ -110,7 +116,7 @@ def with_error(figures: Mapping[str, Any], name: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what made the adapter."""
+    """Versions of the packages that made the adapter."""
     found = {}
     for name in ("nabla-rl", "torch", "transformers", "peft", "trl", "lightning"):
         try:
@@ -118,6 +124,23 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def named(model: Any) -> Any:
+    """What config.yaml says of a model: its name, its options where there are more, or the class of a loaded one."""
+    if model is None or isinstance(model, str):
+        return model
+    if isinstance(model, Policy):
+        own = model.backbone.model
+        folder = Path(own.name_or_path or type(own).__name__)
+        return f"{folder.parent.name}/{folder.name}" if folder.parent.parent == ASSETS else str(folder)
+    return asdict(model) if is_dataclass(model) and not isinstance(model, type) else type(model).__name__
+
+
+def fingerprint(rows: Iterable[Any]) -> str:
+    """A short text that differs where problems, or other rows of plain values, differ."""
+    plain = [asdict(row) if isinstance(row, Problem) else row for row in rows]
+    return f"{len(plain)} ({blake2b(json.dumps(plain, sort_keys=True).encode(), digest_size=6).hexdigest()})"
 
 
 def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:
@@ -150,7 +173,7 @@ def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Most memory held: of the GPU where there is one, else of the process."""
+    """Peak memory of the GPU, or of the process where the device is no GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

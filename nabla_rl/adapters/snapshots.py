@@ -1,4 +1,4 @@
-"""Adapters along a training, not only at its end: what a policy was like after each of some steps."""
+"""Adapters saved during a training, after chosen steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class AdapterSnapshots(L.Callback):
     As an option of align or distill: `--trainer.callbacks.class_path nabla_rl.adapters.snapshots.AdapterSnapshots`.
 
     Args:
-        steps: optimiser steps, counted from 1.
+        steps: Optimiser steps to save after, counted from 1.
     """
 
     def __init__(self, steps: Sequence[int]):
@@ -29,7 +29,7 @@ class AdapterSnapshots(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save, on the first process, after a step that is asked for."""
+        """Save on the first process after each chosen step."""
         assert isinstance(pl_module, AdapterTraining)
         if trainer.global_step not in self.steps or not trainer.is_global_zero or pl_module.run_dir is None:
             return
@@ -40,5 +40,5 @@ class AdapterSnapshots(L.Callback):
 
 
 def snapshot_folder(run_dir: Path, step: int) -> Path:
-    """Where the adapter of a step is."""
+    """The folder of a step's adapter."""
     return run_dir / "steps" / f"{step:05d}"

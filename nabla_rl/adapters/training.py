@@ -1,4 +1,4 @@
-"""What every training of an adapter has in common: optimiser, checkpoints, metrics, and the count of what it cost."""
+"""The Lightning module below every training of an adapter: optimiser, checkpoints, metrics, and the count of cost."""
 
 from __future__ import annotations
 
@@ -22,26 +22,28 @@ from nabla_rl.types import UserError
 
 
 class StepEnd(L.Callback):
-    """Has the module finish its step before a checkpoint of it is saved."""
+    """Lets the module finish its step before a checkpoint is saved."""
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Hand on, after the last batch of a step."""
+        """End the step after its last batch."""
         assert isinstance(pl_module, AdapterTraining)
         if (batch[0] + 1) % pl_module.settings.gradient_accumulation_steps == 0:
             pl_module.end_step()
 
 
 class AdapterTraining(L.LightningModule):
-    """Trains the adapter of a policy. The first entry of a batch is its number, counted from the run's start.
+    """Trains the adapter of a policy. The first entry of a batch is its number, counted from the start of the run.
 
     Attributes:
-        files: files of lines with a `step`, which are cut back to the checkpoint that a run goes on from.
-        settings: how the weights are trained.
-        policy, adapter: what is trained.
-        ledger: what it costs.
-        all_tokens, all_flops: of all processes, after each step.
+        files: Files of lines with a `step`, which are cut back to the checkpoint that a run resumes from.
+        settings: How the weights are trained.
+        policy: The policy that is trained.
+        adapter: Its adapter, the only weights that change.
+        ledger: What the training costs this process.
+        all_tokens: Tokens of all processes so far.
+        all_flops: FLOPs of all processes so far.
     """
 
     strict_loading = False  # checkpoints hold the adapter alone  # pyright: ignore
@@ -63,7 +65,7 @@ class AdapterTraining(L.LightningModule):
         raise NotImplementedError
 
     def configure_optimizers(self) -> Any:
-        """AdamW or plain descent on the adapter, with its schedule."""
+        """The optimiser of the adapter's weights, AdamW or plain gradient descent, with its schedule."""
         own, weights = self.settings, self.adapter.parameters()
         if own.optim == "sgd":
             optimizer: torch.optim.Optimizer = torch.optim.SGD(weights, lr=own.learning_rate)
@@ -76,7 +78,7 @@ class AdapterTraining(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Start the clock; forget lines of metrics after the checkpoint that is gone on from."""
+        """Start the clock, and drop lines of metrics that are later than the checkpoint."""
         self.started = time.perf_counter()
         if self.trainer.is_global_zero and self.run_dir is not None:
             self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -84,22 +86,22 @@ class AdapterTraining(L.LightningModule):
                 keep_steps(self.run_dir / name, self.trainer.global_step)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """A gradient that is not finite must not reach the weights."""
+        """Stop before a gradient that is not finite reaches the weights."""
         norms = [weight.grad.norm() for weight in self.adapter.parameters() if weight.grad is not None]
         norm = torch.stack(norms).norm() if norms else torch.zeros(())
         self.stop_if_not_finite(norm, "gradient")
         self._metrics[-1]["grad_norm"] = norm.item()
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Lightning saves checkpoints before this module's own hook, and a line must not be missing where one is."""
+        """A callback that ends steps: Lightning saves checkpoints before it calls the module's own hook."""
         return [StepEnd()]
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Batches are text: what is made of them is put where the models are."""
+        """The batch as it is: it holds texts, and what is made of them goes where the models are."""
         return batch
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The adapter alone, and what has been counted."""
+        """Keep the adapter alone of all weights, and the cost so far."""
         trained = {name for name, weight in self.named_parameters() if weight.requires_grad}
         checkpoint["state_dict"] = {n: w for n, w in checkpoint["state_dict"].items() if n in trained}
         checkpoint["cost"] = {
@@ -109,7 +111,7 @@ class AdapterTraining(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Resume counting the cost."""
         kept = checkpoint["cost"]
         self.flops_before, self.seconds_before = kept["flops"], kept["seconds"]
         self.num_tokens = kept["num_tokens"]
@@ -119,11 +121,11 @@ class AdapterTraining(L.LightningModule):
 
     @property
     def world_size(self) -> int:
-        """Processes that train together."""
+        """Number of processes that train together."""
         return self._trainer.world_size if self._trainer is not None else 1
 
     def stop_if_not_finite(self, value: Tensor, what: str) -> None:
-        """End the run, on all processes, before a value that is no number does harm."""
+        """End the run on all processes where a value is NaN or infinite."""
         finite = bool(torch.isfinite(value).all())
         if self.world_size > 1:
             finite = self.trainer.strategy.reduce_boolean_decision(finite, all=True)
@@ -139,7 +141,7 @@ class AdapterTraining(L.LightningModule):
         )
 
     def merge_metrics(self) -> dict[str, float]:
-        """Means over the parts of a step and over the processes."""
+        """The metrics of a step, averaged over its parts and over the processes."""
         names = self._metrics[-1]
         merged = {
             name: sum(part[name] for part in self._metrics if name in part)
@@ -157,7 +159,7 @@ class AdapterTraining(L.LightningModule):
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of this process so far, rewards included."""
+        """FLOPs of this process so far, those of reward models included."""
         return self.flops_before + self.ledger.cost(0).flops
 
     @property
@@ -166,7 +168,7 @@ class AdapterTraining(L.LightningModule):
         return self.seconds_before + time.perf_counter() - self.started
 
     def write_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """One line of metrics.jsonl, and the same to the logger."""
+        """Write one line of metrics.jsonl, and hand the same to the logger."""
         row = metrics | {
             "learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
             "num_tokens": self.all_tokens,
@@ -192,7 +194,7 @@ def epoch_order(size: int, start: int, stop: int, *, seed: int) -> list[int]:
 
 
 def trl_prompt(policy: Policy, problem: str) -> Text:
-    """What TRL's `prompt` column holds, so that its tokenisation gives this policy's own prompt ids."""
+    """The entry of TRL's `prompt` column whose tokenisation gives this policy's own prompt ids."""
     if policy.tokenizer.chat_template is None:
         return f"{problem}\n"
     system = [{"role": "system", "content": policy.system_prompt}] if policy.system_prompt else []
@@ -200,14 +202,14 @@ def trl_prompt(policy: Policy, problem: str) -> Text:
 
 
 def append_line(file: Path, row: dict[str, Any]) -> None:
-    """Add one line of JSON; JSON has no NaN, so that becomes null."""
+    """Add one line of JSON, in which NaN becomes null."""
     plain = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in row.items()}
     with file.open("a", encoding="utf-8") as handle:
         handle.write(json.dumps(plain, ensure_ascii=False) + "\n")
 
 
 def keep_steps(file: Path, last: int) -> None:
-    """Cut a file of lines with a `step` after that step, and a line that was not written to its end."""
+    """Drop a file's lines of steps after `last`, and a line that was not written to its end."""
     if not file.is_file():
         return
     lines = file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]

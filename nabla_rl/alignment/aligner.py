@@ -1,5 +1,4 @@
-"""Alignment as a Lightning training loop: KL-regularised reinforcement learning of a LoRA adapter, the dual of
-decoding.
+"""Alignment as a Lightning training loop: KL-regularised reinforcement learning of a LoRA adapter.
 
 The module draws groups of completions, has them rewarded, and hands tensors to the losses in
 `nabla_rl.functional.policy_gradient`. Whole groups stay on one process, so that nothing but gradients and a few counts
@@ -37,8 +36,8 @@ from nabla_rl.alignment.rollouts import (
 )
 from nabla_rl.data.problems import Problem
 from nabla_rl.decoding.base import AbstractDecoder
-from nabla_rl.decoding.module import build_decoders, qualified_reward
-from nabla_rl.decoding.run import check_lengths
+from nabla_rl.decoding.module import qualified_reward
+from nabla_rl.decoding.run import check_lengths, decoder_class
 from nabla_rl.functional.kl import kl_estimate, reverse_kl
 from nabla_rl.functional.logps import selective_log_softmax, sequence_logps
 from nabla_rl.functional.policy_gradient import (
@@ -128,7 +127,8 @@ class PolicyAligner(AdapterTraining):
             stop_at_kl=stop_at_kl,
             eval_generations=eval_generations,
         )
-        (self.searcher,) = build_decoders([search], options).values()
+        kind = decoder_class(search, argument="search")
+        self.searcher: AbstractDecoder = options.get(kind.name) or kind()
         if rollouts != "sample":
             check_search(self.searcher, rl)
         self.rollouts = rollouts
@@ -149,7 +149,7 @@ class PolicyAligner(AdapterTraining):
     # What is trained, on what, for what
 
     def prepare(self, device: torch.device, data: AlignmentData) -> None:
-        """Load the models, put the adapter in and check that every held-out problem fits, before anything is done."""
+        """Load the models, put the adapter in, and check that every held-out problem fits."""
         judges: dict[str, AbstractReward | None] = {}
         policy = load_policy(self.policy_options, device=device)
         for role, given in self.reward_options.items():
@@ -164,10 +164,17 @@ class PolicyAligner(AdapterTraining):
         data: AlignmentData,
         judges: dict[str, AbstractReward | None] | None = None,
         *,
-        functions: Sequence[RewardFunction] | None = None,
+        functions: Sequence[str | RewardFunction] | None = None,
         base_name: str | None = None,
     ) -> None:
-        """Train this policy, with these reward models (`reward`, `gold`) or these reward functions.
+        """Train this policy.
+
+        Args:
+            policy: Model whose adapter is put in.
+            data: Training problems and held-out problems.
+            judges: Reward models by their roles, `reward` and `gold`.
+            functions: Reward functions or their names; None stands for `reward_funcs`.
+            base_name: Name of the policy that the saved adapter refers to.
 
         Raises:
             UserError: They cannot be used together, or a held-out problem does not fit them.
@@ -184,9 +191,11 @@ class PolicyAligner(AdapterTraining):
             check_lengths(data.held_out, policy, None, longest, setting="rl.max_completion_length")
         self.policy, self.data, self._judges = policy, data, judges or {}
         self.adapter = attach_adapter(policy, self.lora, seed=self.seed, base_name=base_name)
-        self.functions = list(functions or [self._reward_function(name) for name in self.reward_names])
+        self.functions = [self._reward_function(each) for each in functions or self.reward_names]
 
-    def _reward_function(self, name: str) -> RewardFunction:
+    def _reward_function(self, name: str | RewardFunction) -> RewardFunction:
+        if not isinstance(name, str):
+            return name
         if name == "judge":
             judge = self._judges["reward"]
             assert judge is not None
@@ -205,7 +214,7 @@ class PolicyAligner(AdapterTraining):
         return DataLoader(draws, batch_size=None)
 
     def on_train_start(self) -> None:
-        """Start the clock, with the figures of the policy as it is before the first step."""
+        """Start the clock, and measure the policy before the first step where `eval_steps` asks for it."""
         super().on_train_start()
         if self.trainer.global_step == 0:
             self.evaluate_step(0)
@@ -213,7 +222,7 @@ class PolicyAligner(AdapterTraining):
             self.trainer.should_stop = True
 
     def training_step(self, batch: tuple[int, list[Problem]], batch_index: int) -> Tensor:
-        """The loss of one micro-batch; the first of a draw draws."""
+        """The loss of one micro-batch; the first one of a draw draws the completions."""
         tick, problems = batch
         parts = self.rl.gradient_accumulation_steps
         if tick % (parts * self.rl.num_iterations) == 0 or not self.window:
@@ -226,7 +235,7 @@ class PolicyAligner(AdapterTraining):
         return loss
 
     def end_step(self) -> None:
-        """At the end of an optimiser step: metrics, and reasons to stop or to warn."""
+        """Write metrics at the end of an optimiser step, and stop where the KL is too large."""
         step, metrics = self.trainer.global_step, self.merge_metrics()
         if self.enough(step, metrics):
             self.trainer.should_stop = True
@@ -243,7 +252,7 @@ class PolicyAligner(AdapterTraining):
         self.evaluate_step(step)
 
     def enough(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Has the policy gone too far from its reference? Warn, too, where it has long had nothing to learn from."""
+        """Whether the KL to the reference is above `stop_at_kl`; warns where rewards have long been all equal."""
         self.flat_steps = self.flat_steps + 1 if metrics["frac_reward_zero_std"] == 1.0 else 0
         if self.flat_steps == FLAT_STEPS and (self._trainer is None or self.trainer.is_global_zero):
             print(  # noqa: T201
@@ -259,14 +268,14 @@ class PolicyAligner(AdapterTraining):
         return True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The adapter alone, and what the rest of a draw needs."""
+        """Keep the adapter alone of all weights, and what the rest of a draw needs."""
         super().on_save_checkpoint(checkpoint)
         window = [vars(part) for part in self.window] if self.rl.num_iterations > 1 else []
         stop = {"stopped": self.stopped, "stopped_at": self.stopped_at}
         checkpoint["aligner"] = {"flat_steps": self.flat_steps, "window": window, **stop}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting, and with the draw that was being used."""
+        """Resume the count of cost and the draw that was in use."""
         super().on_load_checkpoint(checkpoint)
         kept = checkpoint["aligner"]
         self.flat_steps, self.stopped, self.stopped_at = kept["flat_steps"], kept["stopped"], kept["stopped_at"]
@@ -277,7 +286,7 @@ class PolicyAligner(AdapterTraining):
 
     @torch.no_grad()
     def draw(self, problems: Sequence[Problem], number: int) -> list[MicroBatch]:
-        """Draw a group of completions for each problem and have them rewarded: the micro-batches of one draw."""
+        """The micro-batches of one draw: a group of completions for each problem, with their rewards."""
         rl, policy = self.rl, self.policy
         if rl.top_k:
             raise UserError(
@@ -341,11 +350,11 @@ class PolicyAligner(AdapterTraining):
         return found
 
     def reward(self, problems: Sequence[Problem], ids: Tensor, mask: Tensor) -> Tensor:
-        """What the reward functions say of G completions of each problem, (rows, functions)."""
+        """The rewards of G completions of each problem, (rows, functions)."""
         return compute_rewards(self.functions, **reward_columns(self.policy, problems, ids, mask))
 
     def logps(self, part: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the tokens at the temperature, and the logits that they are of."""
+        """Log-probabilities of the tokens at the training's temperature, and the logits behind them."""
         with self.ledger.phase("train"):
             trainable = self.adapter.num_weights if torch.is_grad_enabled() else 0
             logits = group_logits(self.policy, part.prompts, part.ids, part.mask, self.ledger, trainable=trainable)
@@ -355,7 +364,7 @@ class PolicyAligner(AdapterTraining):
     def loss(self, part: MicroBatch) -> tuple[Tensor, dict[str, float]]:
         """The loss of a micro-batch with gradients to the adapter, and its metrics by TRL's names.
 
-        Where they are not known yet, the micro-batch takes the log-probabilities of now as those it was drawn with.
+        A micro-batch without old log-probabilities takes the current ones, since the current policy drew it.
         """
         rl, mask, ref_logits = self.rl, part.mask, None
         # before the forward that is differentiated: switching the adapter off touches its requires_grad
@@ -406,7 +415,7 @@ class PolicyAligner(AdapterTraining):
         return whole[self.trainer.global_rank * len(values) :][: len(values)]
 
     def write_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """One line of metrics.jsonl and samples in completions.jsonl, and the same to the logger."""
+        """Write a line of metrics.jsonl and samples into completions.jsonl, and hand the same to the logger."""
         super().write_metrics(step, metrics)
         if self.rl.log_completions and self._samples:
             self._log_samples(step)
@@ -426,11 +435,11 @@ class PolicyAligner(AdapterTraining):
     # Held-out figures
 
     def evaluate(self, problems: Sequence[Problem], *, batch_size: int = 64) -> dict[str, Any]:
-        """Figures on held-out problems of the policy as it is now; see `align_evaluation.evaluate`."""
+        """Figures of the current policy on held-out problems; see `nabla_rl.alignment.evaluation.evaluate`."""
         return evaluate(self, problems, gold=self._judges.get("gold"), batch_size=batch_size)
 
     def evaluate_step(self, step: int) -> None:
-        """Where `eval_steps` asks for it: a line of evaluations.jsonl, whose cost and time are kept apart."""
+        """Write a line of evaluations.jsonl where `eval_steps` asks for it; its cost is not the training's."""
         every, trainer = self.rl.eval_steps, self._trainer
         if every is None or (step % every and step != self.rl.max_steps):
             return

@@ -20,11 +20,10 @@ KLEstimator = Literal["auto", "k1", "k3", "exact"]
 class RLConfig(AdapterConfig):
     """Reinforcement learning. Every name and meaning is that of TRL's GRPOConfig and RLOOConfig.
 
-    Four defaults differ from TRL's, on purpose. `beta` is positive for both algorithms: without it there is no tilted
-    policy to head for, and no match to decoding. `top_k=0` and `top_p=1` leave the samples untruncated (they are
-    TRL's, but not transformers'): a truncated sample is not the policy's, and its log-probability is not that of the
-    law it was drawn from. `learning_rate` is LoRA's scale (TRL's 1e-6 is for all weights). `bf16` and
-    `gradient_checkpointing` are off.
+    Four defaults differ from TRL's on purpose. `beta` is positive for both algorithms, because there is no tilted
+    policy without it. `top_k=0` and `top_p=1` leave samples untruncated, because a truncated sample has another
+    log-probability under the distribution that it was drawn from than under the policy. `learning_rate` suits LoRA;
+    TRL's 1e-6 suits all weights. `bf16` and `gradient_checkpointing` are off.
     """
 
     section: ClassVar[str] = "rl"
@@ -45,7 +44,7 @@ class RLConfig(AdapterConfig):
     scale_rewards: ScaleRewards = "group"
     """Divisor of GRPO's advantages: the standard deviation of the group, of the batch, or none."""
     use_bias_correction_kl: bool = True
-    """Product of GRPO's KL and the ratio, so that its gradient is that of the KL."""
+    """Multiplication of GRPO's KL by the ratio, which makes its gradient that of the KL."""
     temperature: float = 1.0
     """Sampling temperature, also of everything that is scored."""
     top_p: float = 1.0
@@ -135,8 +134,8 @@ def check_options(
 ) -> None:
     """Refuse options that do not go together,.
 
-    `judge` is the name of the reward model, `adapter` that of one that is in the policy already, `searched` whether
-    completions come from a search.
+    `judge` is the name of the reward model, `adapter` the folder of an adapter that the policy already has, and
+    `searched` says whether completions come from a search.
     """
     if not reward_funcs:
         raise UserError("reward_funcs", "at least one", "none", "Use [judge].")

@@ -1,4 +1,4 @@
-"""The problems of an alignment: endless and seeded ones to train on, and those held out."""
+"""The problems of an alignment: an endless seeded stream to train on, and a set that is held out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nabla_rl.types import UserError
 
 
 class AlignmentData(L.LightningDataModule):
-    """The problems of an alignment: those to train on, without end, and those held out.
+    """The problems of an alignment: an endless stream to train on, and a set that is held out.
 
     Args:
         family: Family of the tiny world: words or sorting; it also names the embedded models.
@@ -89,7 +89,7 @@ class AlignmentData(L.LightningDataModule):
         return made
 
     def share(self, own: list[Problem] | None, held_out: Sequence[Problem] | None, limit: int) -> None:
-        """Take one's own problems to train on, and hold some out: those given, or every fifth."""
+        """Train on the caller's own problems, and hold out those given, or every fifth."""
         self.own = own
         if held_out is not None:
             self.held_out = list(held_out)[:limit]
@@ -106,7 +106,7 @@ class AlignmentData(L.LightningDataModule):
     def training(self, draw: int, count: int) -> list[Problem]:
         """The `count` training problems of draw number `draw`, which depend on (seed, draw) alone.
 
-        Of the tiny world they are always fresh ones; of a file, each epoch is a new order of all.
+        The tiny world always gives fresh problems. A file gives all of its problems in a new order each epoch.
         """
         if self.own is None:
             source = generate(self.family, "train", f"align/{self.seed}/{draw}")
@@ -116,7 +116,7 @@ class AlignmentData(L.LightningDataModule):
 
 
 class Draws(IterableDataset):
-    """One process's problems of every micro-batch from `start` on: those of its whole draw, of which it is a part."""
+    """The problems of one process: for every micro-batch from `start`, those of the whole draw that it belongs to."""
 
     def __init__(self, data: AlignmentData, rl: RLConfig, *, start: int, rank: int = 0, world_size: int = 1):
         self.data, self.rl, self.start, self.rank, self.world_size = data, rl, start, rank, world_size

@@ -1,4 +1,4 @@
-"""Held-out figures of a policy in training: right answers, rewards, and how far it has gone from its reference."""
+"""Held-out figures of a policy in training: accuracy, rewards, and KL to the reference."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ KL_ESTIMATE = "KL(policy‖reference) of the next token, exact over the vocabula
 def evaluate(
     module: PolicyAligner, problems: Sequence[Problem], *, gold: AbstractReward | None, batch_size: int = 64
 ) -> dict[str, Any]:
-    """Figures on held-out problems of the policy as it is now, sampled as it is trained.
+    """Figures of the current policy on held-out problems, sampled as in training.
 
-    Accuracy, greedy accuracy, reward, gold reward, KL to the reference (`KL_ESTIMATE`), and the objective r - β KL:
-    means over problems, with the standard error of each as `<name>_error`. What it costs is
-    `evaluation_flops`, and no part of the training's cost.
+    The figures are accuracy, greedy accuracy, reward, gold reward, KL to the reference (`KL_ESTIMATE`) and the
+    objective r - β KL. Each is a mean over problems, with its standard error as `<name>_error`. The evaluation's own
+    cost is `evaluation_flops`; it is not part of the training's cost.
     """
     rows: dict[str, list[Tensor]] = {}
     ledger, judges = Ledger(1), [function for function in module.functions if isinstance(function, JudgeReward)]

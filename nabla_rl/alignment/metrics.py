@@ -1,4 +1,4 @@
-"""What is logged of a step of reinforcement learning, by TRL's names."""
+"""Metrics of a step of reinforcement learning, with TRL's names."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def step_metrics(
     """The metrics of one micro-batch.
 
     Args:
-        part: its completions and rewards.
-        logits: of the policy, (rows, length, vocab), detached.
-        ratio: π/π_old of every token, detached.
-        kl: the estimate of KL(policy‖reference) of every token, detached; None without a reference.
-        names: of the reward functions.
-        rl: the settings: group size, clipping range, β.
+        part: Completions and rewards of the micro-batch.
+        logits: Logits of the policy, (rows, length, vocab), detached.
+        ratio: Ratio π/π_old of every token, detached.
+        kl: Estimate of KL(policy‖reference) of every token, detached; None without a reference.
+        names: Names of the reward functions.
+        rl: Settings, for group size, clipping range and β.
     """
     mask = part.mask
     count, lengths = mask.sum(), mask.sum(-1).float().cpu()

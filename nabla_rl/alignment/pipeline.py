@@ -12,13 +12,17 @@ from typing import Any
 import lightning as L
 import torch
 
+from nabla_rl.adapters.progress import TrainingProgress
 from nabla_rl.adapters.run import (
     Engine,
     build_trainer,
+    check_logger,
     claim_folder,
     figure_names,
+    fingerprint,
     fit,
     interruptible,
+    named,
     peak_memory_mb,
     versions,
     with_error,
@@ -35,7 +39,7 @@ from nabla_rl.models.adapters import LoraOptions
 from nabla_rl.models.loading import PolicyOptions, RewardOptions, load_policy, resolve_name
 from nabla_rl.models.policy import Policy
 from nabla_rl.rewards.base import AbstractReward
-from nabla_rl.rewards.functions import RewardFunction
+from nabla_rl.rewards.functions import RewardFunction, reward_name
 from nabla_rl.rewards.loading import load_reward
 from nabla_rl.run_folder import write_atomically
 
@@ -80,6 +84,7 @@ def align(
     seed: int = 0,
     engine: Engine = "lightning",
     callbacks: Sequence[L.Callback] = (),
+    progress: bool = False,
     device: torch.device | str | None = None,
 ) -> Alignment:
     """Train a LoRA adapter towards the tilted policy ρ* ∝ π exp(r/β), by KL-regularised reinforcement learning.
@@ -87,8 +92,8 @@ def align(
     The same call resumes a run that was interrupted, and returns a finished one as it is.
 
     Args:
-        policy: A folder, a Hub name, an embedded model such as "sorting/tiny-policy", or a loaded policy, which gets
-            the adapter and is left with it.
+        policy: A folder, a Hub name, an embedded model such as "sorting/tiny-policy", or a loaded policy, which is
+            left as it was.
         reward: The same of a reward model; None where other reward functions are named.
         problems: Training problems: texts, `Problem`s or a JSONL file; None is the embedded family's.
         folder: Run folder for checkpoints, metrics, the adapter and the summary.
@@ -110,6 +115,7 @@ def align(
         seed: Random seed.
         engine: Who trains: "lightning" (this package) or "trl".
         callbacks: Further Lightning callbacks, such as `AdapterSnapshots`.
+        progress: Show a progress bar; the engine trl always shows its own.
         device: Where models given by name are loaded; None is the GPU where there is one.
 
     Raises:
@@ -117,13 +123,14 @@ def align(
     """
     settings = rl or RLConfig()
     settings = settings if beta is None else replace(settings, beta=beta)
-    named = list(reward_funcs or (["judge"] if reward is not None else ["grader"]))
+    named_funcs = list(reward_funcs or (["judge"] if reward is not None else ["grader"]))
     family = embedded_family(policy)
     module = PolicyAligner(
+        policy=policy if isinstance(policy, PolicyOptions) else PolicyOptions(named(policy)),
         reward=_reward_options(reward),
         gold=_reward_options(gold),
         algorithm=algorithm,
-        reward_funcs=[name if isinstance(name, str) else name.__name__ for name in named],  # pyright: ignore
+        reward_funcs=[each if isinstance(each, str) else reward_name(each) for each in named_funcs],
         kl_estimator=kl_estimator,
         rollouts=rollouts,
         stop_at_kl=stop_at_kl,
@@ -136,43 +143,50 @@ def align(
     )
     data = AlignmentData.of(
         None if problems is None else as_problems(problems),
-        None if held_out is None else as_problems(held_out),
+        None if held_out is None else as_problems(held_out, argument="held_out"),
         family=family, eval_limit=eval_limit, grade=grade, seed=seed,
     )  # fmt: skip
     config = {
-        "policy": policy if isinstance(policy, str) else None,
-        "reward": reward if isinstance(reward, str) else None,
+        "policy": named(policy),
+        "reward": named(reward),
+        "gold": named(gold),
+        "problems": family if data.own is None else fingerprint(data.own),
+        "held_out": fingerprint(data.held_out),
         "algorithm": algorithm,
         "kl_estimator": kl_estimator,
         "reward_funcs": module.reward_names,
         "rollouts": rollouts,
+        "search": None if rollouts == "sample" else plain({module.searcher.name: asdict(module.searcher)}),  # pyright: ignore
         "rl": plain(asdict(settings)),
         "lora": plain(asdict(module.lora)),
+        "stop_at_kl": stop_at_kl,
+        "eval_generations": eval_generations,
         "seed": seed,
         "engine": engine,
     }
-    trainer = build_trainer(settings, device=policy.device if isinstance(policy, Policy) else device)
-    where = trainer.strategy.root_device
+    check_logger(settings.report_to, settings.section)
     done = read_finished(Path(folder), config)
     if done is not None:
         return done
+    trainer = build_trainer(settings, device=policy.device if isinstance(policy, Policy) else device)
+    where = trainer.strategy.root_device
     loaded = policy if isinstance(policy, Policy) else load_policy(policy, device=where)
     judges = {
         role: given if isinstance(given, AbstractReward) else load_reward(given, device=where, argument=role)
         for role, given in (("reward", reward), ("gold", gold))
     }
-    name = policy.name if isinstance(policy, PolicyOptions) else policy
-    module.use(loaded, data, judges, base_name=resolve_name(name) if isinstance(name, str) else None)
-    for index, function in enumerate(named):
-        if not isinstance(function, str):
-            module.functions[index] = function
-    return train(module, data, trainer, Path(folder), config, engine=engine, callbacks=callbacks)
+    try:
+        module.use(loaded, data, judges, base_name=resolve_name(module.policy_options.name), functions=named_funcs)
+        bar = [TrainingProgress()] if progress and engine == "lightning" else []
+        return train(module, data, trainer, Path(folder), config, engine=engine, callbacks=[*bar, *callbacks])
+    finally:
+        if isinstance(policy, Policy) and module.adapter is not None:
+            module.adapter.remove()
 
 
 def _reward_options(given: str | RewardOptions | AbstractReward | None) -> RewardOptions:
-    if isinstance(given, RewardOptions):
-        return given
-    return RewardOptions(type(given).__name__ if isinstance(given, AbstractReward) else given)
+    """What the module and its card are told of a reward model."""
+    return given if isinstance(given, RewardOptions) else RewardOptions(named(given))
 
 
 def read_finished(folder: Path, config: Mapping[str, Any]) -> Alignment | None:
@@ -238,7 +252,7 @@ def finish(module: PolicyAligner, folder: Path, config: Mapping[str, Any]) -> di
 
 
 def model_card(summary: Mapping[str, Any], module: PolicyAligner, config: Mapping[str, Any]) -> str:
-    """The README.md of an adapter: what it was trained on, for what, and what came of it."""
+    """The README.md of an adapter: data, reward, settings, cost, and held-out figures before and after."""
     rl, base = module.rl, module.policy_options.name
     data = config.get("data") or {}
     problems = data.get("path") or ("problems of the caller" if module.data.own is not None else "the tiny world")

@@ -1,4 +1,4 @@
-"""Groups of completions to train on: the policy's own samples, those of a search, or both, and their rewards."""
+"""Groups of completions to train on: the policy's own samples, those of a search, or both."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ class MicroBatch:
     """Groups of completions that go through one forward and backward.
 
     Attributes:
-        prompts: ids of the P prompts.
-        ids, mask: (P·G, length), right padded.
+        prompts: Ids of the P prompts.
+        ids: (P·G, length), right padded.
+        mask: (P·G, length), True at tokens.
         rewards: (P·G, functions), NaN where there is none.
         total: (P·G,), their weighted sum.
-        finished: (P·G,), did the completion end by itself?
+        finished: (P·G,), True where the completion ended by itself.
         advantages: (P·G,), where they are known.
         old: (P·G, length), log-probabilities under the policy that drew them, where they are known.
-        ref: the same under the reference.
-        num_items: completion tokens of the whole draw over all processes, for one process.
+        ref: (P·G, length), log-probabilities under the reference, where they are known.
+        num_items: Completion tokens of the whole draw, averaged over processes.
     """
 
     prompts: list[list[int]]
@@ -57,8 +58,9 @@ class Completions:
     """Rows in groups, right padded: row G·i + j is completion j of problem i.
 
     Attributes:
-        ids, mask: (rows, length).
-        finished: (rows,), did they end by themselves?
+        ids: (rows, length), right padded.
+        mask: (rows, length), True at tokens.
+        finished: (rows,), True where the completion ended by itself.
     """
 
     ids: Tensor
@@ -67,7 +69,7 @@ class Completions:
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[int]], finished: Sequence[bool], policy: Policy) -> Completions:
-        """Pad lists of tokens."""
+        """Lists of tokens as padded rows."""
         tensors = [torch.tensor(list(row), device=policy.device) for row in rows]
         ids = pad_sequence(tensors, batch_first=True, padding_value=policy.pad_id)
         lengths = torch.tensor([len(row) for row in rows], device=policy.device)
@@ -123,7 +125,7 @@ def search_groups(
     rl: RLConfig,
     seed: int,
 ) -> tuple[Completions, float]:
-    """A search's completions, each with random numbers of its own, and the FLOPs that they cost."""
+    """The completions of a search, each with its own random numbers, and the FLOPs that they cost."""
     asked = [replace(problem, id=f"{problem.id}/{number}/{j}") for problem in problems for j in indices]
     ledger = Ledger(len(asked))
     with torch.enable_grad():
@@ -134,7 +136,7 @@ def search_groups(
 
 
 def interleave(first: Completions, second: Completions, groups: int, policy: Policy) -> Completions:
-    """One group of each problem out of two: the first's rows, then the second's."""
+    """Groups joined by problem: the first's rows, then the second's."""
     rows, finished = [], []
     each = [(part.rows(), part.finished.tolist(), len(part.ids) // groups) for part in (first, second)]
     for group in range(groups):
@@ -165,7 +167,7 @@ def reward_columns(policy: Policy, problems: Sequence[Problem], ids: Tensor, mas
 def sample_lines(
     policy: Policy, problems: Sequence[Problem], ids: Tensor, mask: Tensor, total: Tensor, count: int | None
 ) -> list[dict[str, Any]]:
-    """The first `count` completions of a draw in words, for the log; None: all of them."""
+    """The first `count` completions of a draw as text, for the log; None is all of them."""
     size, rows = len(ids) // len(problems), range(len(ids) if count is None else min(count, len(ids)))
     return [
         {

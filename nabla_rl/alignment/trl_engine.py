@@ -1,8 +1,8 @@
 """The other engine: the same adapter, problems, rewards and settings, trained by TRL's GRPOTrainer or RLOOTrainer.
 
 It brings what TRL has and this package does not own: vLLM rollouts, DeepSpeed, FSDP. Start several processes with
-`accelerate launch` or `torchrun`. Completions of ∇-Reasoner come in by GRPOTrainer's `rollout_func`; TRL's RLOOTrainer
-has none, so that for them GRPOTrainer is set up to take RLOO's steps (`align_trl_search`).
+`accelerate launch` or `torchrun`. Completions of a search come in by GRPOTrainer's `rollout_func`. TRL's RLOOTrainer
+has none, so GRPOTrainer is set up to take RLOO's steps for them (`nabla_rl.alignment.trl_search`).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Report(TrainerCallback):
         self.task = self.bar.add_task("TRL", total=module.rl.max_steps)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget lines of metrics after the checkpoint that is gone on from."""
+        """Drop lines of metrics that are later than the checkpoint."""
         self.module.started = time.perf_counter()
         if state.is_world_process_zero:
             for name in ("metrics.jsonl", EVALUATIONS):

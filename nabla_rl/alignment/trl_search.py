@@ -1,4 +1,4 @@
-r"""∇-Reasoner's completions in TRL's own trainer, by `GRPOTrainer(rollout_func=...)`.
+r"""Completions of a search in TRL's own trainer, by `GRPOTrainer(rollout_func=...)`.
 
 A search has no density, so its completions are off-policy data of weight 1, and only returns that hold the KL keep the
 tilted policy as the fixed point (see `PolicyAligner`). GRPOTrainer has the KL in its loss, where that is not so. It is
@@ -40,7 +40,7 @@ PLAIN = "nabla_"
 
 
 class SearchRollouts:
-    """What TRL's trainer is given for ∇-Reasoner's completions: `rollout_func` and the reward function."""
+    """The `rollout_func` and the reward function that hand a search's completions to TRL's trainer."""
 
     __name__ = "return"
 
@@ -94,7 +94,7 @@ class SearchRollouts:
 
     @staticmethod
     def plain_metrics(logs: Mapping[str, Any]) -> dict[str, Any]:
-        """TRL's log with the rewards as they are, in place of the scaled return's."""
+        """TRL's log with the plain rewards instead of the scaled return."""
         own = {name.removeprefix(PLAIN): value for name, value in logs.items() if name.startswith(PLAIN)}
         rest = {
             name: value
@@ -126,7 +126,7 @@ def training_rows(module: PolicyAligner, world_size: int = 1) -> list[dict[str, 
 
 
 def build_search_trainer(module: PolicyAligner, **settings: Any) -> Any:
-    """TRL's GRPOTrainer on ∇-Reasoner's completions, with the gradient of this package's RLOO."""
+    """TRL's GRPOTrainer on a search's completions, with the gradient of this package's RLOO."""
     own = {"beta": 0.0, "scale_rewards": "none", "loss_type": "dr_grpo", "reward_weights": None}
     config: GRPOConfig = module.rl.to_trl("grpo", **(own | settings))
     rows = training_rows(module, config.world_size)

@@ -7,12 +7,12 @@ from typing import Any
 
 from rich.table import Table
 
+from nabla_rl.adapters.progress import TrainingProgress
 from nabla_rl.adapters.run import figure_names, with_error
 from nabla_rl.alignment.aligner import PolicyAligner
 from nabla_rl.alignment.data import AlignmentData
 from nabla_rl.alignment.pipeline import read_finished, train
 from nabla_rl.cli.base import VerbCLI, choose_threads, spelling, tell, terminable, wide_console
-from nabla_rl.cli.progress import TrainingProgress
 from nabla_rl.cli.training import TrainingCLI
 
 

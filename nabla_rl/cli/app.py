@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from nabla_rl import __version__
-from nabla_rl.types import UserError
 
 VERBS = {
     "decode": "answer problems with several decoders, every cost counted",
@@ -103,6 +102,7 @@ def run(
     from jsonargparse import ArgumentError
 
     from nabla_rl.cli.base import Complaint
+    from nabla_rl.types import UserError
 
     try:
         return call(module.main, list(sys.argv[1:] if arguments is None else arguments))

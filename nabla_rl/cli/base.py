@@ -299,6 +299,7 @@ class VerbCLI(LightningCLI):
             or is_embedded(qualified(policy, seen.get("data.family", "words")))
         ):
             return files, None
+        given = glimpse(arguments, ())
         chosen = flatten(yaml.safe_load(real.read_text(encoding="utf-8")))
         told = ", ".join(
             f"{name.partition('.')[2]} {'null' if value is None else value}"

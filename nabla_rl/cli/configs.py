@@ -44,5 +44,7 @@ def find(verb: str, name: str) -> Path:
         known = sorted(str(file.relative_to(folder(verb)).with_suffix("")) for file in folder(verb).rglob("*.yaml"))
         close = difflib.get_close_matches(name, known, 1)
         guess = f"Did you mean {close[0]}?" if close else ""
-        raise UserError("config", f"a YAML file or one of the shipped ones: {', '.join(known)}", repr(name), guess)
+        listed = ", ".join(known)
+        shipped = f"one of the shipped ones: {listed}" if len(listed) < 160 else f"the name of one in configs/{verb}"
+        raise UserError("config", f"a YAML file or {shipped}", repr(name), guess)
     return found

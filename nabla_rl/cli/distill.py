@@ -8,8 +8,8 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.table import Table
 
+from nabla_rl.adapters.progress import DecodingBar, TrainingProgress
 from nabla_rl.cli.base import VerbCLI, choose_threads, spelling, tell, terminable, wide_console
-from nabla_rl.cli.progress import DecodingBar, TrainingProgress
 from nabla_rl.cli.training import TrainingCLI
 from nabla_rl.distillation.data import DistillationData
 from nabla_rl.distillation.distiller import PolicyDistiller

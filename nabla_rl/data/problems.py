@@ -67,8 +67,12 @@ def grade_exact(completion: str, answer: str) -> bool:
     return completion.strip() == answer.strip()
 
 
-def as_problems(given: str | Path | Problem | Sequence[str | Problem], *, limit: int | None = None) -> list[Problem]:
+def as_problems(
+    given: str | Path | Problem | Sequence[str | Problem], *, limit: int | None = None, argument: str = "problems"
+) -> list[Problem]:
     """Problems from texts, `Problem`s, or the path of a JSONL file; a text's id is its number, from 1.
+
+    `argument` is the setting that errors name.
 
     Raises:
         UserError: There is none, one is no text, or two have one id.
@@ -82,11 +86,11 @@ def as_problems(given: str | Path | Problem | Sequence[str | Problem], *, limit:
             if isinstance(one, str) and one.strip():
                 one = Problem(str(number), one)
             if not isinstance(one, Problem):
-                raise UserError("problems", "texts that are not empty, Problems, or a path", repr(one))
+                raise UserError(argument, "texts that are not empty, Problems, or a path", repr(one))
             problems.append(one)
         check_unique(problems)
     if not problems:
-        raise UserError("problems", "at least one problem", "none")
+        raise UserError(argument, "at least one problem", "none")
     return problems if limit is None else problems[:limit]
 
 

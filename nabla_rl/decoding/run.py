@@ -39,7 +39,7 @@ from nabla_rl.decoding.base import (
 from nabla_rl.functional.energy import compute_energy
 from nabla_rl.imports import import_subclass
 from nabla_rl.ledger import Cost, Ledger
-from nabla_rl.models.loading import PolicyOptions, RewardOptions, is_embedded, load_policy
+from nabla_rl.models.loading import ASSETS, PolicyOptions, RewardOptions, is_embedded, load_policy
 from nabla_rl.models.policy import Policy
 from nabla_rl.models.prompts import encode_judged
 from nabla_rl.models.sampling import Sampling
@@ -381,9 +381,12 @@ def decoder_class(name: str, *, argument: str = "decoder") -> type[AbstractDecod
 
 
 def embedded_family(policy: str | PolicyOptions | Policy) -> str | None:
-    """The family of an embedded model given by name; None for any other one."""
+    """The family of an embedded model, given by name or loaded; None for any other one."""
+    if isinstance(policy, Policy):
+        folder = Path(policy.backbone.model.name_or_path)
+        return folder.parent.name if folder.parent.parent == ASSETS else None
     name = policy.name if isinstance(policy, PolicyOptions) else policy
-    return name.partition("/")[0] if isinstance(name, str) and is_embedded(name) else None
+    return name.partition("/")[0] if is_embedded(name) else None
 
 
 def batches(problems: Sequence[Problem], size: int) -> Iterable[list[Problem]]:

@@ -1,4 +1,4 @@
-"""The problems of a distillation: those that the teacher decodes, those to choose by, and those held out."""
+"""The problems of a distillation: what the teacher answers, what weights are chosen by, and what is held out."""
 
 from __future__ import annotations
 
@@ -69,24 +69,24 @@ class DistillationData(AlignmentData):
             self.validation = self.own[4::5][:validation_limit]
             kept = {problem.id for problem in self.validation}
             self.problems = [problem for problem in self.own if problem.id not in kept][:limit]
-        # results of decode runs say nothing of where their problems come from: the tiny world's are told by their key
+        # results do not say where their problems come from; those of the tiny world have a key that does
         tiny = None if path is not None else family
         self.refused = HeldOut([p.problem for p in (*self.held_out, *self.validation)], tiny)
 
     def learn_from(self, *, filters: Filters, validation: Sequence[Problem]) -> None:
-        """Answer one's own problems, filter them so, and choose the best weights on `validation`."""
+        """Learn from the caller's own problems, filter the answers, and choose the best weights on `validation`."""
         self.filters, self.validation, self.problems = filters, list(validation), self.own or []
-        self.refused = HeldOut([p.problem for p in (*self.held_out, *self.validation)], self.family.name)
+        self.refused = HeldOut([p.problem for p in (*self.held_out, *self.validation)])
 
     def to_decode(self, problems: Sequence[Problem], batch_size: int = 64) -> ProblemData:
-        """Some of the problems, as the decode command has them."""
+        """Some of the problems as the data of decoding."""
         data = ProblemData(*self.arguments, batch_size=batch_size)
         data.problems = list(problems)
         return data
 
 
 class Batches(IterableDataset):
-    """One process's rows of every micro-batch from `start` on, with how many tokens its whole step has."""
+    """The rows of one process: for every micro-batch from `start`, its rows and the tokens of its whole step."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Distillation as a Lightning training loop: what decoding found, carried into a LoRA adapter.
+"""Distillation as a Lightning training loop: a LoRA adapter learns from the answers of decoding.
 
 The module encodes rows of text, scores them and hands tensors to the losses in `nabla_rl.functional.distillation`.
 """
@@ -102,7 +102,7 @@ class PolicyDistiller(AdapterTraining):
         """Train on these rows.
 
         Raises:
-            UserError: a row is longer than the student can read.
+            UserError: A row is longer than the student can read.
         """
         self.rows, limit = list(rows), self.policy.backbone.context_length
         for row in self.rows:
@@ -138,7 +138,7 @@ class PolicyDistiller(AdapterTraining):
         return loss
 
     def end_step(self) -> None:
-        """At the end of an optimiser step: metrics, and now and then the validation problems."""
+        """Write metrics at the end of an optimiser step, and measure on validation problems every `eval_steps`."""
         own, step, metrics = self.training_config, self.trainer.global_step, self.merge_metrics()
         if self.data.validation and (step % own.eval_steps == 0 or step == own.max_steps):
             metrics["validation_accuracy"] = accuracy = self.validate()
@@ -152,12 +152,12 @@ class PolicyDistiller(AdapterTraining):
             self.write_metrics(step, metrics)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The adapter alone, and the best of it so far."""
+        """Keep the adapter alone of all weights, and the best weights so far."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["distiller"] = {"best": self.best}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting and comparing."""
+        """Resume the count of cost and the comparison of weights."""
         super().on_load_checkpoint(checkpoint)
         self.best = checkpoint["distiller"]["best"]
 
@@ -195,8 +195,9 @@ class PolicyDistiller(AdapterTraining):
         """The loss of some rows with gradients to the adapter, and its metrics by TRL's names.
 
         Args:
-            rows: as `nabla_rl.distillation.rows.build_rows` makes them.
-            num_items: tokens of the whole step, which sums are divided by; None: of these rows. Not for preferences.
+            rows: Rows as `nabla_rl.distillation.rows.build_rows` makes them.
+            num_items: Tokens of the whole step, which sums are divided by; None is those of `rows`. Preferences need
+                none.
         """
         prompts, ids, mask = self.tensors(rows)
         self.num_tokens += int(mask.sum()) + sum(map(len, prompts))
@@ -258,7 +259,7 @@ class PolicyDistiller(AdapterTraining):
 
     @torch.no_grad()
     def validate(self, *, batch_size: int = 256) -> float:
-        """Greedy accuracy on the validation problems; it is a part of what the training costs."""
+        """Greedy accuracy on the validation problems; its cost is part of the training's."""
         problems: list[Problem] = self.data.validation
         right = 0
         with self.ledger.phase("validate"):

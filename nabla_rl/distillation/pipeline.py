@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,22 @@ from typing import Any
 import lightning as L
 import torch
 
-from nabla_rl.adapters.run import Engine, build_trainer, claim_folder, fit, interruptible, peak_memory_mb, versions
+from nabla_rl.adapters.progress import DecodingBar, TrainingProgress
+from nabla_rl.adapters.run import (
+    Engine,
+    build_trainer,
+    check_logger,
+    claim_folder,
+    fingerprint,
+    fit,
+    interruptible,
+    named,
+    peak_memory_mb,
+    versions,
+)
 from nabla_rl.data.problems import Grader, Problem, as_problems
 from nabla_rl.decoding import Greedy
-from nabla_rl.decoding.base import AbstractDecoder, Decoded
+from nabla_rl.decoding.base import AbstractDecoder, Decoded, check_beta
 from nabla_rl.decoding.module import DecodingModule
 from nabla_rl.decoding.run import Job, batches, build_decoder, embedded_family, plain
 from nabla_rl.distillation.config import DistillConfig
@@ -39,8 +52,8 @@ from nabla_rl.distillation.soft_targets import add_soft_targets
 from nabla_rl.functional.seeding import seeded_generator
 from nabla_rl.ledger import Cost
 from nabla_rl.metrics.paired import paired_difference
-from nabla_rl.models.adapters import LoraOptions
-from nabla_rl.models.loading import PolicyOptions, RewardOptions, load_policy
+from nabla_rl.models.adapters import LoraOptions, merge_adapter
+from nabla_rl.models.loading import PolicyOptions, RewardOptions, load_policy, resolve_name
 from nabla_rl.models.policy import Policy
 from nabla_rl.models.sampling import Sampling
 from nabla_rl.report.amortisation import amortise, draw_amortisation, recovered_share
@@ -59,6 +72,10 @@ BATCH = 64
 
 Watch = Callable[[str, int, int], None]
 """Told what is being decoded, how many problems of it are done, and of how many."""
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +125,12 @@ class Distillation:
         trainer: Lightning's trainer.
         folder: The run folder.
         config: What decides the results, as plain values.
-        teacher: The options of who answers, or None where answers are given and nothing is decoded.
-        job: The teacher's loaded models, where they were handed over.
-        answers: Results to learn from in place of decoding.
+        teacher: The options of who answers; None where loaded models or answers are handed over.
+        job: The teacher's loaded models.
+        decoder: The teacher's decoder; None without a teacher.
+        student: The student, where it is handed over loaded; None loads it by its name.
+        answers: Results to learn from, in place of decoding.
+        beta: β of the energy that the answers lower; a teacher brings its own.
         engine: Who trains.
         callbacks: Lightning callbacks of the training.
         watch: Told how decoding advances.
@@ -124,25 +144,23 @@ class Distillation:
     teacher: Teacher | None = None
     job: Job | None = None
     decoder: AbstractDecoder | None = None
+    student: Policy | None = None
     answers: list[Row] | None = None
+    beta: float = 1.0
     engine: Engine = "lightning"
     callbacks: Sequence[L.Callback] = ()
-    watch: Watch = lambda what, done, total: None
+    watch: Watch = silent
 
     def __post_init__(self) -> None:
-        """The decoder is the teacher's, where there is one."""
+        """Take decoder and β from the teacher, where there is one."""
         if self.teacher is not None:
             (self.decoder,) = self.teacher.decoders.values()
+            self.beta = self.teacher.beta
 
     @property
     def device(self) -> torch.device:
         """Where the models are."""
         return self.trainer.strategy.root_device
-
-    @property
-    def beta(self) -> float:
-        """β of the energy that the teacher's answers lower."""
-        return self.teacher.beta if self.teacher is not None else self.job.beta if self.job is not None else 1.0
 
     def teacher_job(self) -> Job | None:
         """The teacher's models; None where there are only answers."""
@@ -216,7 +234,7 @@ class Distillation:
             "accuracy": share([result["correct"] for result in results]),
         }  # fmt: skip
         write_atomically(folder / "made.json", json.dumps(made, indent=2) + "\n")
-        title = f"Answers of {self.teacher_name} with {name or 'a decoder'}"
+        title = "Given answers" if name is None else f"Answers of {self.teacher_name} with {name}"
         write_set(folder, rows, counts, title=title)
 
     @property
@@ -224,7 +242,7 @@ class Distillation:
         """The policy that answered."""
         if self.teacher is not None:
             return self.teacher.policy_options.name
-        return "a policy" if self.job is None else str(self.job.policy.backbone.model.name_or_path)
+        return "" if self.job is None else str(named(self.job.policy))
 
     def decode(
         self,
@@ -279,18 +297,17 @@ class Distillation:
         """Held-out figures of teacher and student, what it all cost, and where it has paid for itself."""
         module, problems, eval_folder = self.module, self.data.held_out, self.folder / "eval"
         flops, seconds, job = module.all_flops, module.seconds, self.teacher_job()
-        options, rows = module.options, {}
-        name = "answers given" if self.decoder is None else self.decoder.name
+        rows: dict[str, list[Row]] = {}
+        name = "" if self.decoder is None else self.decoder.name
         if job is not None and self.decoder is not None:
             decoders = list({decoder.name: decoder for decoder in (Greedy(), self.decoder)}.values())
             rows["teacher"] = self.decode(eval_folder / "teacher", decoders, problems)
         if "teacher" in rows and self.student_is_teacher:
             rows["before"] = [row for row in rows["teacher"] if row["decoder"] == "greedy"]
         else:
-            rows["before"] = self._decode_student(eval_folder / "before", options)
+            rows["before"] = self._decode_student(eval_folder / "before")
         # as a user will have it: merged into the weights, at the cost that it has then
-        merged = replace(options, adapter=str(self.folder / "adapter"))
-        rows["after"] = self._decode_student(eval_folder / "student", merged)
+        rows["after"] = self._decode_student(eval_folder / "student", adapter=str(self.folder / "adapter"))
         figures = {
             "before": figures_of(rows["before"]),
             "after": figures_of(rows["after"]),
@@ -309,8 +326,8 @@ class Distillation:
         summary: dict[str, Any] = {
             "method": module.method,
             "engine": self.engine,
-            "teacher": {"policy": self.teacher_name, "decoder": name},
-            "student": options.name,
+            "teacher": {"policy": self.teacher_name, "decoder": name} if name else None,
+            "student": module.options.name,
             "problems": len(problems),
             "beta": self.beta,
             "data": made,
@@ -340,15 +357,24 @@ class Distillation:
         """Whether the student's weights are the teacher's."""
         return self.teacher is not None and self.teacher.policy_options == self.module.options
 
-    def _decode_student(self, folder: Path, options: PolicyOptions) -> list[Row]:
+    def _decode_student(self, folder: Path, *, adapter: str | None = None) -> list[Row]:
         """The student's greedy answers to the held-out problems, judged as the teacher's are."""
-        policy = load_policy(options, device=self.device)
+        if self.student is None:
+            policy = load_policy(replace(self.module.options, adapter=adapter), device=self.device)
+        else:
+            policy = self.student if adapter is None else with_adapter(self.student, adapter)
         return self.decode(folder, [Greedy()], self.data.held_out, policy=policy)
 
 
+def with_adapter(policy: Policy, folder: str) -> Policy:
+    """A copy of the policy with a saved adapter merged into its weights."""
+    model = merge_adapter(deepcopy(policy.backbone.model), folder, argument="adapter")
+    return Policy(model, policy.tokenizer, system_prompt=policy.system_prompt)
+
+
 def distill(
-    answers: Sequence[Decoded] | Sequence[str | Problem] | str | Path,
-    student: str | PolicyOptions,
+    answers: Sequence[Decoded] | Sequence[str | Problem] | Sequence[Path] | str | Path,
+    student: str | PolicyOptions | Policy,
     *,
     folder: str | Path,
     policy: str | PolicyOptions | Policy | None = None,
@@ -361,13 +387,15 @@ def distill(
     lora: LoraOptions | None = None,
     filters: Filters | None = None,
     held_out: str | Path | Sequence[str | Problem] | None = None,
-    validation: Sequence[str | Problem] | None = None,
+    validation: str | Path | Sequence[str | Problem] | None = None,
     eval_limit: int = 200,
     max_completion_length: int | None = None,
+    gold: str | RewardOptions | AbstractReward | None = None,
     grade: Grader | None = None,
     seed: int = 0,
     engine: Engine = "lightning",
     callbacks: Sequence[L.Callback] = (),
+    progress: bool = False,
     device: torch.device | str | None = None,
 ) -> Distilled:
     """Carry what decoding found into a LoRA adapter of the same or a lighter model.
@@ -375,9 +403,10 @@ def distill(
     The same call resumes a run that was interrupted, and returns a finished one as it is.
 
     Args:
-        answers: What `nabla_rl.decode` gave, or problems to be decoded by `policy` first (texts, `Problem`s, a JSONL
-            file), or the folder of a decode run.
-        student: A folder, a Hub name or an embedded model whose adapter is trained.
+        answers: What `nabla_rl.decode` returned; or the folders or results.jsonl files of decode runs; or problems
+            that `policy` answers first, as texts, `Problem`s or a JSONL file.
+        student: A folder, a Hub name, an embedded model such as "words/tiny-student", or a loaded policy, which is
+            left as it was.
         folder: Run folder for the data, checkpoints, the adapter and the summary.
         policy: The teacher's policy; with it the summary compares teacher and student.
         reward: The teacher's reward model.
@@ -387,83 +416,131 @@ def distill(
         method: sft, preference, soft or weighted.
         training: Settings of the training, in TRL's words.
         lora: Settings of the adapter, in PEFT's words.
-        filters: Which answers are learned from; None accepts rewards above 0 where there are rewards, else all.
-        held_out: Problems to measure on; None is every fifth of the problems, or the embedded family's test problems.
+        filters: Which answers are learned from; None accepts rewards of at least 0 where there are rewards, else all.
+        held_out: Problems to measure on; None is every fifth of the problems, which is not learned from.
         validation: Problems that the best weights are chosen by; None keeps the last weights.
         eval_limit: Maximum number of held-out problems.
-        max_completion_length: Maximum tokens of the student's answers; None is its own generation setting, or 512.
-        grade: Says whether a completion is right; None is the family's, or math-verify.
+        max_completion_length: Maximum tokens of the student's answers; None is that of `sampling`, or the student's
+            own generation setting, or 512.
+        gold: A second reward model that no decoder sees, for comparison.
+        grade: Says whether a completion is right; None is the embedded family's, or math-verify.
         seed: Random seed.
         engine: Who trains: "lightning" (this package) or "trl".
         callbacks: Further Lightning callbacks.
+        progress: Show progress bars on standard error.
         device: Where models given by name are loaded; None is the GPU where there is one.
 
     Raises:
         UserError: Something given cannot be used; the message says what and why.
     """
-    settings = training or DistillConfig()
-    options = student if isinstance(student, PolicyOptions) else PolicyOptions(student)
+    check_beta(beta)
+    settings, drawn, chosen = training or DistillConfig(), sampling or Sampling(), build_decoder(decoder)
+    options = student if isinstance(student, PolicyOptions) else PolicyOptions(named(student))
     family = embedded_family(options)
-    trainer = build_trainer(settings, device=device)
-    given, asked = _given(answers)
-    loaded = load_policy(options, device=trainer.strategy.root_device)
     module = PolicyDistiller(
         options, method, training=settings, lora=lora or LoraOptions(), family=family or "words", seed=seed,
-        max_completion_length=max_completion_length,
+        max_completion_length=drawn.max_new_tokens if max_completion_length is None else max_completion_length,
     )  # fmt: skip
-    some = Filters(accept=["reward"] if reward is not None else []) if filters is None else filters
+    given = read_answers(answers, chosen.name)
+    if given is None and policy is None:
+        raise UserError("policy", "a policy that answers the problems, or answers in their place", "neither")
+    asked = as_problems(answers) if given is None else problems_of(given)  # pyright: ignore
     data = DistillationData.of(
-        asked, None if held_out is None else as_problems(held_out), family=family, eval_limit=eval_limit,
-        grade=grade, seed=seed,
+        asked, None if held_out is None else as_problems(held_out, argument="held_out"), family=family,
+        eval_limit=eval_limit, grade=grade, seed=seed,
     )  # fmt: skip
-    data.learn_from(filters=some, validation=[] if validation is None else as_problems(validation))
-    chosen = build_decoder(decoder)
+    given = None if given is None else [graded(row, data.grade) for row in given]
+    rewarded = reward is not None if given is None else any(row["reward"] is not None for row in given)
+    some = Filters(accept=["reward"] if rewarded else []) if filters is None else filters
+    held = [] if validation is None else as_problems(validation, argument="validation")
+    data.learn_from(filters=some, validation=held)
     config = {
-        "policy": options.name,
-        "method": method,
+        "student": named(student),
+        "policy": named(policy),
+        "reward": named(reward),
+        "gold": named(gold),
+        "answers": None if given is None else fingerprint([row["id"], row["completion"]] for row in given),
+        "problems": fingerprint(asked),
+        "held_out": fingerprint(data.held_out),
+        "validation": fingerprint(held),
+        "decoder": None if policy is None else plain({chosen.name: asdict(chosen)}),  # pyright: ignore
         "beta": beta,
-        "decoder": chosen.name,
+        "sampling": asdict(drawn),
+        "method": method,
         "training": plain(asdict(settings)),
         "lora": plain(asdict(module.lora)),
         "filters": plain(asdict(some)),
+        "max_completion_length": max_completion_length,
         "seed": seed,
         "engine": engine,
     }
+    check_logger(settings.report_to, settings.section)
     done = read_finished(Path(folder), config)
     if done is not None:
         return done
-    job = None
+    trainer = build_trainer(settings, device=student.device if isinstance(student, Policy) else device)
+    where, job = trainer.strategy.root_device, None
     if policy is not None:
-        teacher = policy if isinstance(policy, Policy) else load_policy(policy, device=trainer.strategy.root_device)
+        teacher = policy if isinstance(policy, Policy) else load_policy(policy, device=where)
+        judges = [
+            each if isinstance(each, AbstractReward) else load_reward(each, device=where, argument=role)
+            for role, each in (("reward", reward), ("gold", gold))
+        ]
+        longest = drawn.max_new_tokens or teacher.max_new_tokens
         job = Job(
-            teacher,
-            reward if isinstance(reward, AbstractReward) else load_reward(reward, device=trainer.strategy.root_device),
-            beta=beta,
-            sampling=sampling or Sampling(),
-            seed=seed,
-            extract=data.extract,
-            grade=data.grade,
-        )
+            teacher, *judges, beta=beta, sampling=replace(drawn, max_new_tokens=longest), seed=seed,
+            extract=data.extract, grade=data.grade,
+        )  # fmt: skip
         job.check([*data.problems, *data.held_out])
-    elif given is None:
-        raise UserError("policy", "a policy that answers the problems, or answers", "neither")
-    module.use(loaded, data, base_name=None)
+    # a copy, since the adapter goes into the weights: what was handed over may be the teacher's policy, too
+    trained = (
+        deepcopy(student) if isinstance(student, Policy) else load_policy(options, device=where, argument="student")
+    )
+    module.use(trained, data, base_name=resolve_name(options.name))
+    bar = DecodingBar()
     run = Distillation(
-        module, data, trainer, Path(folder), config, job=job, decoder=chosen if job is not None else None,
-        answers=given, engine=engine, callbacks=callbacks,
+        module, data, trainer, Path(folder), config, job=job, decoder=None if job is None else chosen,
+        student=student if isinstance(student, Policy) else None, answers=given, beta=beta, engine=engine,
+        callbacks=[*([TrainingProgress()] if progress and engine == "lightning" else []), *callbacks],
+        watch=bar.show if progress else silent,
     )  # fmt: skip
-    with interruptible():
+    with bar, interruptible():
         return run.run()
 
 
-def _given(answers: Any) -> tuple[list[Row] | None, list[Problem]]:
-    """The results that are learned from, None where there are only problems, and the problems they are of."""
-    if isinstance(answers, (str, Path)) and (Path(answers) / "results.jsonl").is_file():
-        rows = read_results([answers])
-        return rows, [Problem(row["id"], row["prompt"], row.get("expected")) for row in rows]
-    if not isinstance(answers, (str, Path)) and answers and all(isinstance(one, Decoded) for one in answers):
-        return [result_of(one) for one in answers], [one.problem for one in answers if one.problem is not None]
-    return None, as_problems(answers)
+def read_answers(answers: Any, decoder: str) -> list[Row] | None:
+    """The results that are learned from; None where problems are given in their place.
+
+    Of files with the answers of several decoders, those of `decoder` are taken.
+    """
+    paths = [answers] if isinstance(answers, (str, Path)) else list(answers)
+    if paths and all(isinstance(one, Decoded) for one in paths):
+        return [result_of(one) for one in paths if isinstance(one, Decoded)]
+    if not paths or not all(isinstance(one, Path) or one is answers for one in paths):
+        return None
+    if isinstance(answers, (str, Path)) and not is_results(answers):
+        return None
+    rows = read_results(paths)
+    several = len({row["decoder"] for row in rows}) > 1
+    return read_results(paths, decoder) if several else rows
+
+
+def is_results(path: str | Path) -> bool:
+    """Whether a path is that of a decode run, rather than of problems."""
+    return (Path(path) / "results.jsonl").is_file() or Path(path).name == "results.jsonl"
+
+
+def problems_of(rows: Sequence[Row]) -> list[Problem]:
+    """The problems that lines of results.jsonl answer, each once."""
+    found = {row["prompt"]: Problem(row["id"], row["prompt"], row.get("expected")) for row in rows}
+    return as_problems(list(found.values()), argument="answers")
+
+
+def graded(row: Row, grade: Grader) -> Row:
+    """A result that says whether it is right, where the answer is known."""
+    if row["correct"] is not None or row.get("expected") is None:
+        return row
+    return row | {"correct": bool(grade(row["completion"], row["expected"]))}
 
 
 def result_of(answer: Decoded) -> Row:
@@ -544,12 +621,12 @@ def compare(rows: Mapping[str, Sequence[Row]], decoder: str) -> dict[str, Any]:
 
 
 def model_card(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """The README.md of an adapter: what it learned from, how, and what came of it."""
+    """The README.md of an adapter: data, method, settings, cost, and held-out figures."""
     data, made, training = config.get("data") or {}, summary["data"], summary["training"]
     problems = data.get("path") or (
         f"the tiny world ({data['family']})" if "family" in data else "the caller's problems"
     )
-    teacher = f"{summary['teacher']['policy']} with {summary['teacher']['decoder']}"
+    teacher = summary["teacher"] and f"answers of {summary['teacher']['policy']} with {summary['teacher']['decoder']}"
     fell = ", ".join(f"{name} {count}" for name, count in made["counts"].items())
     pays = None if summary["amortisation"] is None else summary["amortisation"]["crossing"]
     lines = [
@@ -561,7 +638,8 @@ def model_card(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         "",
         f"# A LoRA adapter of {summary['student']}",
         "",
-        f"Trained by `nabla-rl distill` ({summary['method']}, engine {summary['engine']}) on answers of {teacher}.",
+        f"Trained by `nabla-rl distill` ({summary['method']}, engine {summary['engine']}) on "
+        f"{teacher or 'given answers'}.",
         "",
         "| | |",
         "|---|---|",

@@ -1,4 +1,4 @@
-"""From the results of decoding to a set that a student can learn from: filtered, deduplicated, decontaminated.
+"""Results of decoding as a training set for a student: filtered, deduplicated, decontaminated.
 
 The columns are TRL's: `prompt` and `completion`, or `prompt`, `chosen` and `rejected`. Every line that falls out is
 counted under the filter that took it.
@@ -42,7 +42,7 @@ ADVICE = {
 
 @dataclass(frozen=True)
 class Filters:
-    """Which answers are worth learning from."""
+    """The tests that an answer must pass to be learned from."""
 
     accept: list[Accept] = field(default_factory=lambda: ["reward"])
     """Tests that an answer must pass: reward, verifier (right), agreement (of its rollouts)."""
@@ -83,8 +83,8 @@ def read_results(paths: Sequence[str | Path], decoder: str | None = None) -> lis
     """The lines of decode runs' `results.jsonl`, in order.
 
     Args:
-        paths: the files, or the run folders that hold them.
-        decoder: whose answers are taken; None: everyone's.
+        paths: The files, or the run folders that hold them.
+        decoder: The decoder whose answers are taken; None is every decoder.
 
     Raises:
         UserError: a file is missing, a line is no result, or the decoder has none.
@@ -144,22 +144,22 @@ def _sentences(prompt: str) -> list[tuple[re.Match, str]]:
     for operation, templates in (("", OPEN), ("+", ADD), ("-", SUBTRACT), ("*", MULTIPLY)):
         for template in templates:
             pattern = re.escape(template).replace(r"\{who\}", r"[A-Z]\w*").replace(r"\{items\}", r"[a-z]+")
-            # "Ada has 3 apples." and "Ada then has 3 times as many." are told apart by their whole text
+            # "Ada has 3 apples." and "Ada then has 3 times as many." differ by their whole text alone
             pattern = r"(?:^|(?<=\. ))" + pattern.replace(r"\{n\}", r"(\d+)")
             matches += [(match, operation) for match in re.finditer(pattern, prompt)]
     return sorted(matches, key=lambda entry: entry[0].start())
 
 
 class HeldOut:
-    """Tells prompts that must not be trained on.
+    """Recognises prompts that must not be trained on.
 
-    A prompt is refused if it is a held-out one up to case and blanks, if it shares `NGRAM` words in a row with one,
-    or, in the tiny world (in place of shared words, as all its texts come from a few templates), if its operands or
-    letters belong to the validation, test or hard split.
+    A prompt is refused if it equals a held-out one up to case and blanks, or if it shares `NGRAM` words in a row with
+    one. All texts of the tiny world come from a few templates, so shared words do not count there; instead a prompt is
+    refused if its operands or letters belong to the validation, test or hard split.
 
     Args:
-        prompts: the held-out ones.
-        family: the tiny world that problems come from; None for problems of one's own.
+        prompts: The held-out prompts.
+        family: Family of the tiny world that problems come from; None for the caller's own problems.
     """
 
     def __init__(self, prompts: Iterable[str], family: str | None = None):
@@ -214,8 +214,8 @@ def build_rows(method: Method, results: Sequence[Row], counts: Counter, *, beta:
     sft, soft
         `prompt`, `completion`.
     preference
-        `prompt`, `chosen` (the decoder's answer) and `rejected` (its first rollout), where they differ and the judge
-        agrees.
+        `prompt`, `chosen` (the decoder's answer) and `rejected` (its first rollout), where they differ and the reward
+        model prefers the first.
     weighted
         `prompt`, `completion` and `weight` = exp(r/β)/Z, for every different rollout of a prompt.
     """
@@ -261,7 +261,7 @@ def _weighted(results: Sequence[Row], counts: Counter, beta: float) -> Iterable[
 
 
 def check_not_empty(rows: Sequence[Row], counts: Mapping[str, int]) -> None:
-    """Refuse an empty set, and say which filter took most of it."""
+    """Refuse an empty set, and name the filter that took most of it."""
     if rows:
         return
     taken = {name: count for name, count in counts.items() if name in ADVICE}

@@ -1,4 +1,4 @@
-"""Soft targets: the tilted next-token law at every place of an answer, as edit search weighs its alternatives."""
+"""Soft targets: the tilted next-token distribution at every position of an answer, as edit search scores edits."""
 
 from __future__ import annotations
 
@@ -29,21 +29,22 @@ def add_soft_targets(
     alternatives: int,
     batch_size: int = 64,
 ) -> tuple[list[Row], float]:
-    """Rows with the law softmax(log π + ΔV/β) over the policy's likeliest tokens at each place of the completion.
+    """Rows with the distribution softmax(log π + ΔV/β) over the policy's likeliest tokens at each position.
 
-    ΔV is exact: one pass of the judge over all alternatives under a tree attention mask. A result holds texts only, so
-    this is computed anew along the final answer: one pass of the policy and two of the judge for each row.
+    ΔV is exact: the reward model scores all alternatives in one pass under a tree attention mask. Results hold texts
+    only, so the targets are computed along the final answer, by one pass of the policy and two of the reward model for
+    each row.
 
     Args:
-        rows: with `prompt` and `completion`.
-        policy: the teacher's.
-        reward: a judge of prefixes.
+        rows: Rows with `prompt` and `completion`.
+        policy: The teacher's policy.
+        reward: The teacher's reward model, which must score prefixes.
         beta: KL coefficient of the tilted policy.
-        alternatives: k, tokens of each place.
-        batch_size: rows read together.
+        alternatives: Number k of tokens at each position.
+        batch_size: Number of rows read together.
 
     Returns:
-        The rows with `completion_ids`, `target_ids` and `target_logps` (length, k), and the FLOPs of it all.
+        The rows with `completion_ids`, `target_ids` and `target_logps` (length, k), and the FLOPs spent.
     """
     judge, ledger, found = require_process_reward("soft targets", reward), Ledger(1), []
     for start in range(0, len(rows), batch_size):
@@ -65,7 +66,7 @@ def add_soft_targets(
         positions = (torch.arange(ids.shape[1], device=ids.device) * mask).repeat_interleave(k, 1)
         values = judge.fork_values(tracks, positions, top.flatten(1), mask.repeat_interleave(k, 1)).view_as(top)
         ledger.absorb(account, torch.zeros(len(part), dtype=torch.int64))
-        # V of the prefix itself is the same for all alternatives of a place, and drops out
+        # V of the prefix itself is the same for all alternatives of a position, and drops out
         targets = tilted_log_probs(selective_log_softmax(logits, top), values, beta=beta)
         for row, each, tokens, logps in zip(part, completions, top.tolist(), targets.tolist(), strict=True):
             length = len(each)

@@ -24,7 +24,7 @@ class Report(TrainerCallback):
         self.folder = folder
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget lines of metrics after the checkpoint that is gone on from."""
+        """Drop lines of metrics that are later than the checkpoint."""
         if state.is_world_process_zero:
             keep_steps(self.folder / "metrics.jsonl", state.global_step)
 

@@ -1,4 +1,4 @@
-"""LoRA adapters of a policy by PEFT: put in, switched off (the reference), saved with a card, loaded for decoding."""
+"""LoRA adapters by PEFT: put into a policy, switched off for the reference, saved with a card, merged for decoding."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class LoraOptions:
     """The adapter: W + (lora_alpha / r) B A with B = 0 at the start (Hu et al., 2021, Eq. 3; PEFT's names)."""
 
     r: int = 16
-    """Rank of the update."""
+    """Rank of the update of each weight matrix."""
     lora_alpha: int = 32
     """Scale of the update, which is multiplied by lora_alpha / r."""
     target_modules: list[str] | str = ALL_LINEAR
-    """Names of linear layers that get one; all-linear is all but the output layer."""
+    """Names, or ends of names, of the linear layers that are adapted; all-linear is all but the output layer."""
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -41,12 +41,12 @@ class LoraOptions:
 
     @property
     def targets(self) -> list[str] | str:
-        """A single name is a list of one."""
+        """The target modules with a single name as a list of one."""
         single = isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR
         return [self.target_modules] if single else self.target_modules  # pyright: ignore
 
     def to_peft(self, base_name: str | None = None) -> LoraConfig:
-        """As PEFT wants it. No dropout: the law that is sampled must be the law that is scored."""
+        """The same as PEFT's config; without dropout, completions are sampled and scored by one distribution."""
         return LoraConfig(
             r=self.r,
             lora_alpha=self.lora_alpha,
@@ -60,12 +60,12 @@ class LoraOptions:
 class Adapter:
     """The LoRA matrices inside a policy, the only weights of it that train.
 
-    The policy's own passes (rollouts, scores) go through the matrices from now on; within `disabled()` the same
-    policy is its own reference, without a second copy of the weights.
+    All passes of the policy go through the matrices while they are in it. Within `disabled()` the same policy is its
+    own reference, without a second copy of the weights.
 
     Attributes:
-        peft: the PEFT model around the policy's. It is no part of the policy: their modules are the same.
-        num_weights: trainable weights.
+        peft: The PEFT model around the policy's own. It is no part of the policy, but shares its modules.
+        num_weights: Number of trainable weights.
     """
 
     def __init__(self, policy: Policy, peft: PeftModel):
@@ -89,9 +89,14 @@ class Adapter:
         return {name: w.detach().cpu().clone() for name, w in get_peft_model_state_dict(self.peft).items()}
 
     def changed(self) -> bool:
-        """Do any weights differ from what they were when the adapter was put in?"""
+        """Whether any weight differs from what it was when the adapter was put in."""
         now = self.state()
         return any(not torch.equal(now[name], weight) for name, weight in self._start.items())
+
+    def remove(self) -> None:
+        """Take the matrices out of the policy, which is then as it was before they were put in."""
+        self.peft.unload()
+        self.policy.backbone.formula = FlopFormula.of(self.policy.backbone.model)
 
     def save(self, folder: str | Path, card: str, *, section: str = "rl") -> Path:
         """Write the adapter as `PeftModel.from_pretrained` and vLLM read it, with `card` as its README.md.

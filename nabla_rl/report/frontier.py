@@ -54,6 +54,8 @@ SHOWN = (
     "difference",
     "sign_flip_p",
 )
+PRINTED = ("variant", "budget_flops", "flops", "rollouts", "accuracy", "gold_reward", "difference")
+"""Columns that the terminal has room for."""
 COMPARISON_SHOWN = (
     "variant",
     "baseline",
@@ -217,7 +219,7 @@ def format_frontier(frontier: Mapping[str, Any], *, title: str | None = None) ->
     for row in joined_rows(frontier):
         rows.append({**row, "variant": "" if row["variant"] == before else row["variant"]})
         before = row["variant"]
-    return format_table(rows, present_columns(rows, SHOWN), title=title)
+    return format_table(rows, present_columns(rows, PRINTED), title=title)
 
 
 def write_frontier(folder: str | Path, frontier: Mapping[str, Any], title: str) -> list[str]:
@@ -423,7 +425,7 @@ PLOTS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     (
         "rewards",
         "Gold reward against reward as the budget grows from the hollow mark: a line that goes right and not up has "
-        "fooled its judge",
+        "fooled its reward model",
         draw_rewards,
     ),
 )

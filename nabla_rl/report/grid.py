@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from nabla_rl.studies.base import Report, Row
+from nabla_rl.report.rows import Report, Row
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1f; background: #fff; max-width: 82rem; margin: 2rem auto;
@@ -202,6 +202,6 @@ def write_grid_figure(rows: Sequence[Row], names: Sequence[str], folder: Path) -
     figure.savefig(path.with_suffix(".png"), dpi=150)
     caption = (
         f"What {axis_name} changes. Accuracy with 95% Wilson intervals over problems, rewards with 1.96 standard "
-        "errors; gold is a judge that no decoder sees."
+        "errors; the gold reward model is one that no decoder sees."
     )
     return [(caption, path)]

@@ -1,13 +1,12 @@
-"""The pictures of a measured study: reward and KL of every law, and what becomes of what nobody climbs."""
+"""The figures of a measured study: reward and KL of every distribution, and the reward model that nobody climbs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-Row = dict[str, Any]
+from nabla_rl.report.rows import Row
 
 CURVES: dict[str, tuple[str, str, str]] = {
     # curve: colour, marker, name. Test time is warm, weights are cool, the policy's own samples are grey or green.
@@ -16,14 +15,14 @@ CURVES: dict[str, tuple[str, str, str]] = {
     "align steps": ("#4292c6", "o", "RL steps"),
     "distil": ("#41ae76", "^", "distilled weights"),
     "distil steps": ("#41ae76", "^", "distillation steps"),
-    "nabla": ("#d94801", "s", "∇-Reasoner (β)"),
-    "nabla rounds": ("#d94801", "s", "∇-Reasoner, rollouts"),
-    "loop": ("#fd8d3c", "D", "∇-Reasoner's loop of DTO (β)"),
-    "loop metropolis": ("#fdae6b", "d", "the loop, Metropolis (β)"),
-    "loop metropolis, no gradient": ("#bdbdbd", "d", "the same without a gradient (β)"),
+    "edit search": ("#d94801", "s", "edit search (β)"),
+    "edit search rounds": ("#d94801", "s", "edit search, rollouts"),
+    "nabla": ("#fd8d3c", "D", "∇-Reasoner (β)"),
+    "nabla metropolis": ("#fdae6b", "d", "∇-Reasoner, Metropolis (β)"),
+    "nabla metropolis, no gradient": ("#bdbdbd", "d", "the same without a gradient (β)"),
     "dto steps": ("#b30000", "v", "DTO steps"),
-    "split": ("#7f2704", "P", "half in weights, ∇ for the rest"),
-    "split loop": ("#7f2704", "X", "half in weights, the loop for the rest"),
+    "split": ("#7f2704", "P", "half in weights, edit search for the rest"),
+    "split nabla": ("#7f2704", "X", "half in weights, ∇-Reasoner for the rest"),
     "split pool": ("#54278f", "p", "half in weights, tilted for the rest"),
     "greedy": ("#636363", "*", "greedy"),
     "policy": ("#222222", "*", "the policy"),
@@ -31,8 +30,8 @@ CURVES: dict[str, tuple[str, str, str]] = {
     "best of n by energy": ("#9e9ac8", ".", "best of n by energy"),
 }
 TILTED = "tilted"
-STEPS = ("align steps", "distil steps", "dto steps", "nabla rounds")
-"""Curves along a process, of the second figure; all others are laws of the first."""
+STEPS = ("align steps", "distil steps", "dto steps", "edit search rounds")
+"""Curves along a process, in the second figure; all others are in the first."""
 
 
 def write_measured_figures(rows: Sequence[Row], folder: Path) -> list[tuple[str, Path]]:
@@ -47,9 +46,9 @@ def write_measured_figures(rows: Sequence[Row], folder: Path) -> list[tuple[str,
         mine = [row for row in rows if row["family"] == family]
         if any(row["curve"] not in (*STEPS, "policy", "greedy") for row in mine):
             caption = (
-                f"{family}: what each law gains and how far it has gone from the policy. The line is the best that "
-                "any law can do (tilted policies, from reweighted draws of the policy; faint where more than a tenth "
-                "of the problems rest on fewer than 8 of them). Crosses: 95% intervals over problems. A law without a "
+                f"{family}: what each distribution gains and how far it is from the policy. The line is the best that "
+                "any can do (tilted policies, from reweighted draws of the policy; faint where more than a tenth "
+                "of the problems rest on fewer than 8 of them). Crosses: 95% intervals over problems. One without a "
                 "density is a bar from the least KL that its reward needs to the most that its likelihood allows, "
                 "-log π of its answers; a deterministic decoder (a filled mark at the end of its bar) has the upper "
                 "end."
@@ -57,8 +56,8 @@ def write_measured_figures(rows: Sequence[Row], folder: Path) -> list[tuple[str,
             written.append((caption, _save(_frontier(mine, str(family)), folder / f"reward_kl_{family}.svg")))
         if any(row["curve"] in STEPS for row in mine):
             caption = (
-                f"{family}: the judge that is climbed (horizontal) against the judge that nobody climbs and against "
-                "the truth. Numbers are steps, rollouts or n. A line that turns down is over-optimised."
+                f"{family}: the reward model that is climbed (horizontal) against the one that nobody climbs and "
+                "against the truth. Numbers are steps, rollouts or n. A line that turns down is over-optimised."
             )
             written.append((caption, _save(_climbing(mine, str(family)), folder / f"over_optimisation_{family}.svg")))
     return written
@@ -98,7 +97,7 @@ def _error(row: Row, name: str) -> list[list[float]]:
 
 
 def _frontier(rows: Sequence[Row], family: str):
-    metrics = [("reward", "reward (the judge that is climbed)"), ("accuracy", "accuracy")]
+    metrics = [("reward", "reward (which is climbed)"), ("accuracy", "accuracy")]
     metrics += [("gold_reward", "gold reward (seen by nobody)")] if rows[0].get("gold_reward") is not None else []
     figure, axes = _new(len(metrics))
     for axis, (metric, label) in zip(axes, metrics, strict=True):
@@ -122,12 +121,12 @@ def _frontier(rows: Sequence[Row], family: str):
                 _draw(axis, _series(rows, curve), metric, colour, marker, name)
         axis.set(xlabel="KL from the policy, nats a completion", ylabel=label)
     _legend(figure, axes[0])
-    figure.suptitle(f"{family}: what each law gains, and how far it has gone", x=0.01, ha="left", fontsize=13)
+    figure.suptitle(f"{family}: what each distribution gains, and how far it has gone", x=0.01, ha="left", fontsize=13)
     return figure
 
 
 def _draw(axis, series: Sequence[Row], metric: str, colour: str, marker: str, name: str) -> None:
-    """One curve: laws with a density as points in order, the others as bars between their bounds."""
+    """One curve: distributions with a density as points in order, the others as bars between their bounds."""
     known = [row for row in series if row.get("kl") is not None]
     if len(known) > 1:
         axis.plot([row["kl"] for row in known], [row[metric] for row in known], color=colour, linewidth=1.0, alpha=0.6)
@@ -177,7 +176,7 @@ def _climbing(rows: Sequence[Row], family: str):
                         f"{row['at']:g}", (row["reward"], row[metric]), (6, -9), textcoords="offset points",
                         fontsize=7, color=colour,
                     )  # fmt: skip
-        axis.set(xlabel="reward (the judge that is climbed)", ylabel=label)
+        axis.set(xlabel="reward (which is climbed)", ylabel=label)
     _legend(figure, axes[0])
     figure.suptitle(f"{family}: is the truth climbed too?", x=0.01, ha="left", fontsize=13)
     return figure

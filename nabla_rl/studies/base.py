@@ -1,33 +1,39 @@
-"""Studies: what a point of a grid does, and what all points together say."""
+"""Studies: what is varied, what a point of it does, and what all points together say.
+
+Every study file speaks one language:
+
+    study: decode                                   # the kind
+    seeds: [0, 1]                                   # every point is run with each of them
+    grid: {model.beta: [0.3, 1.0]}                  # every combination of these values is a point
+    fixed: {data.limit: 200, data.split: validation}
+    variants:                                       # so is every label, within each combination of the grid
+      eight rollouts: {model.edit_search.max_rollouts: 8}
+
+A name with a dot is an option of the verb that the study is about, spelled as that verb spells it. A name without a
+dot is a word of the study itself, such as `decoder` or `seeds`. Variants win over the grid, and the grid over `fixed`.
+"""
 
 from __future__ import annotations
 
 import itertools
-import json
-import math
+import re
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from io import StringIO
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from nabla_rl.duality.settings import ExactSettings
-from nabla_rl.duality.study import LANDSCAPES, run_point
-from nabla_rl.duality.verdicts import verdicts
-from nabla_rl.functional.seeding import seeded_generator
-from nabla_rl.metrics.paired import paired_difference
-from nabla_rl.report.summary import mean, summarise
+from nabla_rl.report.rows import Report, Row
+from nabla_rl.run_folder import RunFolder, flatten
 from nabla_rl.types import UserError
 
 VARIANT = "variant"
-"""The grid's name for the labels of `DecodeGrid.variants`."""
-
-StudyName = Literal["duality_exact", "decode", "distill", "measured"]
-Row = dict[str, Any]
+"""The name under which a point holds the label of its variant."""
 
 
 @dataclass(frozen=True)
@@ -39,37 +45,245 @@ class Point:
 
     @property
     def id(self) -> str:
-        """A name for it, which is also a folder's."""
+        """Its name, which is also a folder's."""
         words = [f"{name.rpartition('.')[2]}={value}" for name, value in self.values.items()]
         return "_".join([*words, f"seed={self.seed}"]).replace("/", "-").replace(" ", "")
 
+    @property
+    def label(self) -> str:
+        """The label of its variant; empty where there are none."""
+        return str(self.values.get(VARIANT, ""))
 
-@dataclass
-class Report:
-    """What a study has found.
 
-    Attributes:
-        rows: the table, plain values; a key with `_low` and `_high` beside it has an interval.
-        claims: rows with claim, holds, and a text for each landscape; empty for a study that claims nothing.
-        figures: captions and SVG files.
-        summary: anything else worth keeping.
-        tables: further tables, each with its heading.
-        shown: columns that the terminal has room for; empty: all.
+class Options(Mapping[str, Any]):
+    """Dotted options of a verb, with the place in the study file that each comes from.
+
+    Args:
+        values: The options; nested mappings are dotted names too.
+        section: Where they stand, such as `fixed`; empty where nobody has written them.
     """
 
-    rows: list[Row]
-    claims: list[Row] = field(default_factory=list)
-    figures: list[tuple[str, Path]] = field(default_factory=list)
-    summary: dict[str, Any] = field(default_factory=dict)
-    tables: list[tuple[str, list[Row]]] = field(default_factory=list)
-    shown: Sequence[str] = ()
+    def __init__(self, values: Mapping[str, Any], section: str = ""):
+        self._values = flatten(values)
+        self._places = {name: f"{section}.{name}" if section else name for name in self._values}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __or__(self, other: Options) -> Options:
+        """Both, where the other one wins."""
+        both = Options({})
+        both._values, both._places = {**self._values, **other._values}, {**self._places, **other._places}
+        return both
+
+    def place(self, name: str) -> str:
+        """Where a setting was written, by its full name or by the end of it; the name itself where nowhere."""
+        known = next((given for given in self if given == name or given.endswith(f".{name}")), None)
+        return name if known is None else self._places[known]
+
+    @contextmanager
+    def placing(self) -> Iterator[None]:
+        """Within, errors of settings say where in the study file the setting stands."""
+        try:
+            yield
+        except UserError as error:
+            raise error.renamed(self.place) from error
 
 
-@contextmanager
-def silently() -> Iterator[None]:
-    """Within, what another command prints is not shown."""
-    with redirect_stdout(StringIO()):
-        yield
+@dataclass(frozen=True)
+class Design:
+    """What a study file says about what varies.
+
+    Attributes:
+        seeds: Every point is run with each of them.
+        grid: Dotted options, each with a list of values.
+        fixed: Dotted options that all points share.
+        variants: Label → dotted options and words of the study.
+        defaults: Verb → dotted options where a study says nothing, such as a shipped file's.
+    """
+
+    seeds: Sequence[int] = (0,)
+    grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def points(self) -> list[Point]:
+        """Every combination of the grid's values and variants, for every seed; the last name varies fastest."""
+        grid = {**self.grid, **({VARIANT: list(self.variants)} if self.variants else {})}
+        if not grid:
+            raise UserError("grid", "dotted names and lists of their values", "none", "See configs/ablate/.")
+        for name, values in grid.items():
+            if not isinstance(values, (list, tuple)) or not values:
+                raise UserError("grid", f"a list of values for {name}", repr(values), "Write [a, b].")
+        self.check_seeds()
+        combinations = itertools.product(*grid.values())
+        points = [Point(dict(zip(grid, values, strict=True)), seed) for values in combinations for seed in self.seeds]
+        twice = next((p.id for k, p in enumerate(points) if any(p.id == q.id for q in points[:k])), None)
+        if twice is not None:
+            raise UserError("grid", "values that differ", f"{twice} twice")
+        return points
+
+    def labelled_points(self, kind: str) -> list[Point]:
+        """A point for every variant and seed, where the label names a folder and a grid has no place."""
+        if self.grid:
+            raise UserError("grid", f"none with a {kind} study", ", ".join(self.grid), "Use {variants}.")
+        if not self.variants:
+            raise UserError("variants", f"labels and their options for a {kind} study", "none", "See configs/ablate/.")
+        for label in self.variants:
+            check_label(label)
+        return self.points()
+
+    def plain(self) -> Row:
+        """What the study file says, as plain values."""
+        variants = {label: flatten(given) for label, given in self.variants.items()}
+        sections = {"seeds": list(self.seeds), "grid": dict(self.grid), "fixed": flatten(self.fixed)}
+        return {**sections, "variants": variants}
+
+    def check_seeds(self) -> None:
+        """Refuse seeds that make no points, or one point twice."""
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise UserError("seeds", "different whole numbers", str(list(self.seeds)))
+
+    def options(self, point: Point, verb: str) -> Options:
+        """The options of a point for a verb, all sections merged."""
+        varied = {name: value for name, value in point.values.items() if name != VARIANT}
+        return self.shared(verb) | Options(varied, "grid") | self.options_of(point.label)
+
+    def default(self, verb: str) -> Options:
+        """What holds where a study says nothing."""
+        return Options({name: value for name, value in flatten(self.defaults.get(verb, {})).items() if "." in name})
+
+    def shared(self, verb: str) -> Options:
+        """The options of a verb that all points share."""
+        return self.default(verb) | Options(self.fixed, "fixed")
+
+    def options_of(self, label: str) -> Options:
+        """The options that a variant gives itself."""
+        given = flatten(self.variants.get(label, {}))
+        return Options({name: value for name, value in given.items() if "." in name}, f"variants.{label}")
+
+    def words(self, label: str, known: Sequence[str]) -> Row:
+        """The study's own words of a variant; any beside the known ones is refused."""
+        return words_of(self.variants.get(label, {}), known, f"variants.{label}")
+
+    def check_sections(self, allowed: Sequence[str], verb: str) -> None:
+        """Refuse names that cannot be options of a verb, before any is read."""
+        for where, names in (("fixed", flatten(self.fixed)), ("grid", self.grid)):
+            for name in names:
+                if name.partition(".")[0] not in allowed or "." not in name:
+                    raise UserError(
+                        f"{where}.{name}", f"a dotted option of {verb} ({', '.join(f'{a}.…' for a in allowed)})", name
+                    )
+        both = next((name for name in flatten(self.fixed) if name in self.grid), None)
+        if both is not None:
+            raise UserError(f"fixed.{both}", "an option that the grid does not vary", both)
+
+
+def words_of(given: Mapping[str, Any], known: Sequence[str], where: str) -> Row:
+    """The names without a dot of a mapping; any beside the known ones is refused."""
+    words = {name: value for name, value in given.items() if "." not in name and not isinstance(value, Mapping)}
+    unknown = next((name for name in words if name not in known), None)
+    if unknown is not None:
+        expected = f"one of {', '.join(known)}, or a dotted option" if known else "a dotted option"
+        raise UserError(f"{where}.{unknown}", expected, unknown, guess(unknown, known))
+    return words
+
+
+def guess(name: str, known: Sequence[str]) -> str:
+    """Advice about an unknown name: a known one that ends alike or looks alike."""
+    alike = [each for each in known if each.rpartition(".")[2] == name.rpartition(".")[2]]
+    close = get_close_matches(name, alike or known, 1, 0.0 if alike else 0.6)
+    return f"Did you mean {close[0]}?" if close else ""
+
+
+def check_label(label: str) -> None:
+    """Refuse a label that cannot name a folder."""
+    if not re.fullmatch(r"\w[\w.+-]*", label):
+        raise UserError("variants", "labels of letters, digits and _.+-, as each names a folder", repr(label))
+
+
+class Watch:
+    """Where a study tells what it is doing. This one tells nobody."""
+
+    def begin(self, number: int, total: int, what: str) -> None:
+        """A part of the study begins, the `number`-th of `total`."""
+
+    def step(self, done: int, total: int, what: str = "") -> None:
+        """Within that part, `done` of `total` steps are made, and the next one is about `what`."""
+
+    def end(self) -> None:
+        """The part is done."""
+
+
+class AbstractStudy(ABC):
+    """A kind of study.
+
+    Attributes:
+        design: What varies.
+        points: Every point, in the order in which they are run.
+    """
+
+    design: Design
+    points: list[Point]
+
+    @abstractmethod
+    def run(self, path: Path, watch: Watch) -> None:
+        """Do what is missing in a folder, and write everything down as soon as it is known."""
+
+    @abstractmethod
+    def report(self, path: Path) -> Report | None:
+        """What is finished says; figures are written under the folder. None where nothing is finished."""
+
+
+class PointStudy(AbstractStudy):
+    """A study that does one point after the other, and has the rows of each in one results.jsonl."""
+
+    folder: RunFolder
+
+    @abstractmethod
+    def decisive(self) -> Row:
+        """What decides the rows of a point, so that a folder with other results is refused."""
+
+    @abstractmethod
+    def run_point(self, point: Point, path: Path, watch: Watch) -> list[Row]:
+        """Do one point, with the folder for its own files; rows carry `decoder`, a name that is theirs alone."""
+
+    @abstractmethod
+    def report_rows(self, rows: Sequence[Row], path: Path) -> Report:
+        """What the rows of all finished points say."""
+
+    def run(self, path: Path, watch: Watch) -> None:
+        self.folder = RunFolder(path, self.decisive())
+        done = {key for key, _ in self.folder.rows}
+        for number, point in enumerate(self.points, start=1):
+            if point.id in done:
+                continue
+            watch.begin(number, len(self.points), point.id)
+            rows = self.run_point(point, path, watch)
+            self.folder.append([{"id": point.id, "config": self.folder.config_hash, **row} for row in rows])
+            watch.end()
+
+    def report(self, path: Path) -> Report | None:
+        rows = [row for point in self.points for (key, _), row in self.folder.rows.items() if key == point.id]
+        if not rows:
+            return None
+        report = self.report_rows(rows, path)
+        finished = len({row["id"] for row in rows})
+        report.summary = {"points": finished, "of": len(self.points), **report.summary}
+        report.title = report.title or counted(finished, len(self.points), "points")
+        return report
+
+
+def counted(finished: int, total: int, what: str) -> str:
+    """How much of a study a table is about."""
+    return f"{total} {what}" if finished == total else f"the {finished} finished of {total} {what}"
 
 
 @contextmanager
@@ -83,260 +297,13 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def build_points(grid: Mapping[str, Sequence[Any]], seeds: Sequence[int]) -> list[Point]:
-    """Every combination of the grid's values, for every seed; the last name varies fastest."""
-    if not grid:
-        raise UserError("--grid: expected dotted names and lists of their values, found none. See configs/ablate/.")
-    for name, values in grid.items():
-        if not isinstance(values, (list, tuple)) or not values:
-            raise UserError(f"--grid: expected a list of values for {name}, found {values!r}. Write [a, b].")
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise UserError(f"--seeds: expected different whole numbers, found {list(seeds)}.")
-    combinations = itertools.product(*grid.values())
-    points = [Point(dict(zip(grid, values, strict=True)), seed) for values in combinations for seed in seeds]
-    twice = next((p.id for k, p in enumerate(points) if any(p.id == q.id for q in points[:k])), None)
-    if twice is not None:
-        raise UserError(f"--grid: expected values that differ, found {twice} twice.")
-    return points
+class Stopwatch:
+    """Seconds since it was made."""
 
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
 
-class AbstractStudy(ABC):
-    """A kind of study."""
-
-    @abstractmethod
-    def check(self, points: Sequence[Point]) -> None:
-        """Refuse points that cannot be run, before any is."""
-
-    @abstractmethod
-    def run(self, point: Point, folder: Path) -> list[Row]:
-        """Do one point, with `folder` for its own files; rows carry `decoder`, a name that is theirs alone."""
-
-    @abstractmethod
-    def report(self, rows: Sequence[Row], folder: Path) -> Report:
-        """What the rows of all finished points say; figures are written under `folder`."""
-
-
-@dataclass(frozen=True)
-class DualityExact(AbstractStudy):
-    """Samplers, RL and decoders against the exact tilted policy."""
-
-    settings: ExactSettings = field(default_factory=ExactSettings)
-
-    def check(self, points: Sequence[Point]) -> None:
-        for name in points[0].values:
-            if name not in ("landscape", "beta"):
-                raise UserError(f"--grid: expected landscape and beta for duality_exact, found {name!r}.")
-        for point in points:
-            landscape, beta = point.values.get("landscape"), point.values.get("beta")
-            if landscape not in LANDSCAPES:
-                raise UserError(f"--grid: expected landscapes among {', '.join(LANDSCAPES)}, found {landscape!r}.")
-            if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 < beta < math.inf:
-                raise UserError(f"--grid: expected positive, finite numbers for beta, found {beta!r}.")
-
-    def run(self, point: Point, folder: Path) -> list[Row]:
-        with one_thread():
-            result = run_point(point.values["landscape"], float(point.values["beta"]), point.seed, self.settings)
-        return [{"decoder": "duality_exact", **result}]
-
-    def report(self, rows: Sequence[Row], folder: Path) -> Report:
-        from nabla_rl.duality.figures import write_figures
-
-        # a result line has null where a number was infinite
-        points = [_restored(row) for row in rows]
-        found = verdicts(points)
-        claims: dict[str, Row] = {}
-        for verdict in found:
-            row = claims.setdefault(verdict.claim, {"claim": verdict.claim, "holds": True})
-            row["holds"] = row["holds"] and verdict.holds
-            row[verdict.landscape] = verdict.text
-        table = [row for point in points for row in _flat(point)]
-        summary = {"verdicts": [{**v._asdict(), "text": v.text} for v in found]}
-        return Report(table, list(claims.values()), write_figures(points, folder / "figures"), summary)
-
-
-@dataclass(frozen=True)
-class DecodeGrid(AbstractStudy):
-    """The decode command at every point, as a run folder of its own."""
-
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Dotted options of the decode command that all points share."""
-    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Label → dotted options; the grid's `variant` goes through the labels. The first is what others are held to."""
-
-    def check(self, points: Sequence[Point]) -> None:
-        varied = [name for name in points[0].values if name != VARIANT]
-        for name in (*varied, *self.fixed, *(name for options in self.variants.values() for name in options)):
-            if name.split(".")[0] not in ("model", "data", "trainer"):
-                raise UserError(
-                    f"--grid: expected dotted options of decode.py (model.… or data.…), found {name!r}. See "
-                    "scripts/decode.py --help."
-                )
-        both = [name for name in self.fixed if name in points[0].values]
-        if both:
-            raise UserError(f"--fixed: expected options that the grid does not vary, found {both[0]}.")
-
-    def arguments(self, point: Point, run_dir: Path) -> list[str]:
-        """The decode command's own command line."""
-        values = {name: value for name, value in point.values.items() if name != VARIANT}
-        chosen = self.variants.get(point.values.get(VARIANT, ""), {})
-        options = {**self.fixed, **values, **chosen, "seed": point.seed, "run_dir": str(run_dir)}
-        return [text for name, value in options.items() for text in (f"--{name}", as_text(value))]
-
-    def run(self, point: Point, folder: Path) -> list[Row]:
-        from nabla_rl.cli import decode as decode_cli
-
-        run_dir = folder / "points" / point.id
-        with silently():
-            decode_cli.main(self.arguments(point, run_dir))
-        lines = (run_dir / "results.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-        results = [json.loads(line) for line in lines]
-        rows = []
-        for name in dict.fromkeys(result["decoder"] for result in results):
-            mine = [result for result in results if result["decoder"] == name]
-            kept = {"corrects": "correct", "rewards": "reward", "gold_rewards": "gold_reward", "seconds": "seconds"}
-            rows.append(
-                {
-                    "decoder": name,
-                    "values": dict(point.values),
-                    "seed": point.seed,
-                    "problems": [result["id"] for result in mine],
-                    **{name: [result[key] for result in mine] for name, key in kept.items()},
-                    "flops": [result["cost"]["flops"] for result in mine],
-                    "acceptance_rate": summarise(mine, [name])[0]["acceptance_rate"],
-                    "proposal_kl": _proposal_kl(mine),
-                }
-            )
-        return rows
-
-    def report(self, rows: Sequence[Row], folder: Path) -> Report:
-        from nabla_rl.report.grid import write_grid_figure
-
-        table = [
-            _over_seeds(group) | _against(group, rows, next(iter(self.variants), None)) for group in _groups(rows)
-        ]
-        figures = write_grid_figure(table, [name for name in rows[0]["values"]], folder / "figures") if table else []
-        return Report(table, figures=figures)
-
-
-def _proposal_kl(results: Sequence[Row]) -> float | None:
-    """How far the laws that new tokens were drawn from are from the policy, mean over positions of all problems."""
-    parts = [(r["proposal_kl"], r["counts"]["visited"]) for r in results if r.get("proposal_kl") is not None]
-    return sum(kl * count for kl, count in parts) / sum(count for _, count in parts) if parts else None
-
-
-def _against(group: Sequence[Row], rows: Sequence[Row], first: str | None) -> Row:
-    """How a variant differs from the first one on the same problems: accuracy with its bootstrap interval, and the
-    share of FLOPs it saves (negative: it costs more)."""
-    values = group[0]["values"]
-    if first is None or values[VARIANT] == first:
-        return {}
-    other = [
-        row for row in rows if row["decoder"] == group[0]["decoder"] and row["values"] == {**values, VARIANT: first}
-    ]
-    row: Row = {}
-    mine, theirs = _by_problem(group, "corrects"), _by_problem(other, "corrects")
-    shared = sorted(mine.keys() & theirs.keys())
-    if shared:
-        pair = [torch.tensor([part[key] for key in shared])[:, None] for part in (mine, theirs)]
-        found = [float(x) for x in paired_difference(*pair, generator=seeded_generator("variants"))]
-        row |= dict(zip(("difference", "difference_low", "difference_high"), found, strict=True))
-    flops = [mean([value for member in part for value in member["flops"]]) for part in (group, other)]
-    if flops[0] is not None and flops[1]:
-        row["flops_saved"] = 1 - flops[0] / flops[1]
-    return row
-
-
-def _groups(rows: Sequence[Row]) -> list[list[Row]]:
-    """The rows that differ in nothing but their seed."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(json.dumps([row["values"], row["decoder"]], sort_keys=True), []).append(row)
-    return list(groups.values())
-
-
-def _over_seeds(group: Sequence[Row]) -> Row:
-    """One line of the table: accuracy with its 95% Wilson interval, rewards with 1.96 standard errors of problems.
-
-    A problem counts once: its answers under several seeds are averaged before the intervals are taken.
-    """
-    from nabla_rl.metrics import wilson_interval
-
-    row: Row = {**group[0]["values"], "decoder": group[0]["decoder"], "seeds": len(group)}
-    row["problems"] = len(set(group[0]["problems"]))
-    correct = list(_by_problem(group, "corrects").values())
-    if correct:
-        accuracy = sum(correct) / len(correct)
-        # between whole numbers of right answers, as averages over seeds are
-        low, high = wilson_interval(round(sum(correct)), len(correct))
-        row |= {"accuracy": accuracy, "accuracy_low": min(float(low), accuracy)}
-        row["accuracy_high"] = max(float(high), accuracy)
-    for name, key in (("mean_reward", "rewards"), ("gold_reward", "gold_rewards")):
-        values = list(_by_problem(group, key).values())
-        row[name] = mean(values)
-        if len(values) > 1:
-            centre = sum(values) / len(values)
-            error = math.sqrt(sum((v - centre) ** 2 for v in values) / (len(values) - 1) / len(values))
-            row |= {f"{name}_low": centre - 1.96 * error, f"{name}_high": centre + 1.96 * error}
-    for name, key in (("flops", "flops"), ("seconds", "seconds")):
-        row[name] = mean([value for member in group for value in member[key]])
-    row["acceptance_rate"] = mean([member["acceptance_rate"] for member in group])
-    row["proposal_kl"] = mean([member.get("proposal_kl") for member in group])
-    return row
-
-
-def _by_problem(group: Sequence[Row], key: str) -> dict[str, float]:
-    """The mean over seeds of every problem that has a value."""
-    found: dict[str, list[float]] = {}
-    for row in group:
-        for problem, value in zip(row["problems"], row[key], strict=True):
-            if value is not None:
-                found.setdefault(problem, []).append(float(value))
-    return {problem: sum(values) / len(values) for problem, values in found.items()}
-
-
-def _flat(point: Row) -> list[Row]:
-    """The table's lines of one exact point."""
-    common = {"landscape": point["landscape"], "lambda": point["lambda"], "beta": point["beta"], "seed": point["seed"]}
-    lines = []
-    for row in point["samplers"]:
-        line = {**common, "kind": "sampler", **{k: v for k, v in row.items() if k != "measured"}}
-        measured = row.get("measured") or {}
-        if row["law"] == "measured":
-            line |= {
-                "tv_low": max(0.0, measured["tv"] - measured["iid_tv"] - 1.96 * measured["iid_tv_spread"]),
-                "tv_high": measured["tv"],
-            }
-        names = ("acceptance", "effective_samples_per_step", "r_hat", "iid_tv")
-        lines.append(line | {k: measured.get(k) for k in names})
-    lines += [{**common, "kind": "rl", **row} for row in point["training"]]
-    for row in point["placements"]:
-        values = {("kl" if k == "reverse_kl" else k): v for k, v in row.items()}
-        lines.append({**common, "kind": "decoder", "law": "exact", **values})
-    return lines
-
-
-def _restored(row: Row) -> Row:
-    """Infinite divergences and strengths, which JSON does not have, where a line has null for them."""
-    infinite = ("reverse_kl", "forward_kl", "lambda_eff", "kl_at_lambda_eff", "objective_gap", "kl")
-    places = [
-        {k: math.inf if v is None and k in infinite else v for k, v in place.items()} for place in row["placements"]
-    ]
-    curves = {
-        name: {**curve, "kl": [math.inf if v is None else v for v in curve["kl"]]}
-        for name, curve in row["curves"].items()
-    }
-    return {**row, "placements": places, "curves": curves}
-
-
-def finite(value: Any) -> Any:
-    """A plain value as JSON can hold it: null for what is not finite."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {name: finite(entry) for name, entry in value.items()}
-    return [finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value
-
-
-def as_text(value: Any) -> str:
-    """A value as the command line takes it."""
-    return value if isinstance(value, str) else json.dumps(value)
+    @property
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return time.perf_counter() - self._start

@@ -1,109 +1,76 @@
-"""Several alignments side by side: variants of the options, each with several seeds, and their learning curves."""
+"""Learning curves of alignment: variants of its options, each with several seeds, at the same cost."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from nabla_rl.alignment.aligner import EVALUATIONS
-from nabla_rl.report.learning_curves import Run
-from nabla_rl.run_folder import flatten
+from nabla_rl.report.learning_curves import build_curves, format_curves, write_curves
+from nabla_rl.report.rows import Report, Row
+from nabla_rl.run_folder import write_config
+from nabla_rl.studies.base import AbstractStudy, Design, Point, Watch
+from nabla_rl.studies.trainings import SECTIONS, read_align, train
 from nabla_rl.types import UserError
 
+EVALUATIONS = "evaluations.jsonl"
+"""What an alignment measures on held-out problems while it trains."""
 
-@dataclass(frozen=True)
-class CurvesOptions:
-    """Learning curves: what several settings are worth at the same cost."""
 
-    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What is compared: label → options of --model in dotted form. Empty: one ordinary run."""
-    seeds: list[int] = field(default_factory=lambda: [0])
-    """Every variant is trained with each of them."""
+@dataclass
+class Curves(AbstractStudy):
+    """An alignment for every variant and seed, each in a folder of its own, and their held-out figures by cost."""
+
+    design: Design
 
     def __post_init__(self) -> None:
-        """Check the values in the spelling of the command line."""
-        for label in self.variants:
-            if not re.fullmatch(r"\w[\w.+-]*", label):
-                raise UserError(
-                    f"--curves.variants: expected a label of letters, digits and _.+-, found {label!r}. It names a "
-                    "folder."
-                )
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise UserError(f"--curves.seeds: expected a list of different seeds, found {self.seeds}.")
+        """Refuse options that a variant cannot have, before anything is trained."""
+        self.points = self.design.labelled_points("curves")
+        self.design.check_sections(SECTIONS["align"], "align")
+        for label in self.design.variants:
+            self.design.words(label, ())
+        for point in {point.label: point for point in self.points}.values():
+            read_align(self.design.options(point, "align"), seed=point.seed)
+
+    def run(self, path: Path, watch: Watch) -> None:
+        if (path / "results.jsonl").is_file():
+            raise UserError("run_dir", "the folder of curves", f"another run in {path}", "Choose another {run_dir}.")
+        write_config(path, {"study": "curves", **self.design.plain()})
+        for number, point in enumerate(self.points, start=1):
+            folder = folder_of(path, point)
+            done = (folder / "summary.json").is_file()
+            if not done:
+                watch.begin(number, len(self.points), f"{point.label}, seed {point.seed}")
+            # a finished folder is handed over too, which is refused where it is of other options
+            train("align", self.design.options(point, "align"), seed=point.seed, folder=folder, watch=watch)
+            if not done:
+                watch.end()
+
+    def report(self, path: Path) -> Report | None:
+        results: dict[str, dict[int, list[Row]]] = {}
+        for point in self.points:
+            if (folder_of(path, point) / "summary.json").is_file():
+                results.setdefault(point.label, {})[point.seed] = read_run(folder_of(path, point))
+        if not results:
+            return None
+        finished = sum(len(runs) for runs in results.values())
+        data = read_align(self.design.options(self.points[0], "align"), seed=0).data
+        seeds = ", ".join(map(str, self.design.seeds))
+        title = f"{len(data.held_out)} held-out problems ({data.family.name}), seeds {seeds}"
+        curves = build_curves(results)
+        files = write_curves(path, curves, title)
+        return Report(
+            curves["rows"], files=files, printed=format_curves(curves, title=title), title=title,
+            summary={"points": finished, "of": len(self.points)},
+        )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One variant with one seed: an alignment of its own, in a folder of its own."""
-
-    label: str
-    seed: int
-    folder: Path
-    arguments: list[str]
+def folder_of(path: Path, point: Point) -> Path:
+    """The folder of one alignment."""
+    return path / point.label / f"seed{point.seed}"
 
 
-def build_cells(options: CurvesOptions, arguments: Sequence[str], folder: Path) -> list[Cell]:
-    """One for each variant and seed: the study's own command line with a few more options after it."""
-    return [
-        Cell(
-            label,
-            seed,
-            place := folder / label / f"seed{seed}",
-            [*arguments, *_as_arguments(variant), f"--seed={seed}", f"--run_dir={place}"],
-        )
-        for label, variant in options.variants.items()
-        for seed in options.seeds
-    ]
-
-
-def _as_arguments(variant: Mapping[str, Any]) -> list[str]:
-    return [
-        f"--model.{name}={value if isinstance(value, str) else json.dumps(value)}"
-        for name, value in flatten(variant).items()
-    ]
-
-
-def run_cells(cells: Sequence[Cell], run: Callable[[list[str]], int], say: Callable[[str], None]) -> None:
-    """Train what is not finished, one after the other."""
-    for number, cell in enumerate(cells, start=1):
-        if (cell.folder / "summary.json").is_file():
-            continue
-        say(f"run {number} of {len(cells)}: {cell.label}, seed {cell.seed}")
-        with of_variant(cell):
-            run(cell.arguments)
-
-
-def check_cells(cells: Sequence[Cell], build: Callable[[list[str]], Any]) -> None:
-    """Refuse options that a variant cannot have, before anything is trained."""
-    for cell in {cell.label: cell for cell in cells}.values():
-        with of_variant(cell):
-            build(cell.arguments)
-
-
-@contextmanager
-def of_variant(cell: Cell) -> Iterator[None]:
-    """Within, an error says which variant it is of."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"--curves.variants.{cell.label}: {error}") from error
-
-
-def read_cells(cells: Sequence[Cell]) -> dict[str, dict[int, Run]]:
-    """The points of all finished runs, by label and seed."""
-    results: dict[str, dict[int, Run]] = {}
-    for cell in cells:
-        if (cell.folder / "summary.json").is_file():
-            results.setdefault(cell.label, {})[cell.seed] = read_run(cell.folder)
-    return results
-
-
-def read_run(folder: Path) -> list[dict[str, Any]]:
+def read_run(folder: Path) -> list[Row]:
     """A run's evaluations in order; without any, the figures before and after it."""
     file = folder / EVALUATIONS
     if file.is_file():

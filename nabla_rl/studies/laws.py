@@ -1,4 +1,4 @@
-"""Laws of completions as samples: reweighted into other laws, put into a table, and held against each other."""
+"""Distributions of completions as samples: reweighted into others, put into a table, and compared with each other."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from nabla_rl.duality import estimates
 from nabla_rl.duality.estimates import Interval
 from nabla_rl.functional.seeding import seeded_generator
 from nabla_rl.models.policy import Policy
-from nabla_rl.studies.sources import Density, Row, Source, features
+from nabla_rl.report.rows import Row
+from nabla_rl.studies.sources import Density, Source, features
 
 BEST_OF = (2, 4, 8, 16, 32, 64, 128)
 REDRAWN = 4
 """Completions of each problem that a reweighted pool gives where completions are compared."""
 COMPARED = 8
-"""Completions of each problem at most that are compared with another law's."""
+"""Completions of each problem at most that are compared with another distribution's."""
 KL_BY: dict[Density, str] = {
     "known": "exact at each token of its samples",
     "point": "bounds: a point mass has the upper end",
@@ -30,12 +31,12 @@ KL_BY: dict[Density, str] = {
 
 @dataclass
 class Sample:
-    """A law's completions of a family's problems, and what is known of each; seeds are one behind the other.
+    """A distribution's completions of a family's problems, and what is known of each; seeds follow one another.
 
     Attributes:
         label: its name.
         curve, beta, at: as in its source.
-        density: whether the law can be evaluated.
+        density: whether the distribution can be evaluated.
         problems: ids.
         completions: of each problem.
         values: rewards, gold, correct, surprisal and (of a policy) log_ratio, (problems, samples) each.
@@ -80,7 +81,7 @@ def few(sample: Sample) -> Sample:
 
 
 def sample_of(label: str, source: Source, rows: Sequence[Row]) -> Sample:
-    """The completions of a law, from its lines, one for each seed."""
+    """The completions of a distribution, from its lines, one for each seed."""
     names = [name for name in ("rewards", "gold", "correct", "surprisal", "log_ratio") if name in rows[0]]
     problems = rows[0]["problems"]
     return Sample(
@@ -105,7 +106,7 @@ def _matrix(values: Sequence[Any]) -> Tensor:
 
 
 def reweighted(pool: Sample, weights: Tensor, **changes: Any) -> Sample:
-    """Another law on a pool's completions: averages are weighted ones, and some completions are drawn by their
+    """Another distribution on a pool's completions: averages are weighted, and some completions are drawn by their
     weights, evenly spread."""
     generator = seeded_generator("reweighted", str(changes["label"]))
     offset = torch.rand(len(weights), 1, generator=generator, dtype=torch.float64)
@@ -127,7 +128,7 @@ def tilt(pool: Sample, strength: float, *, label: str, curve: str, beta: float |
 
 
 def best_of(pool: Sample) -> list[Sample]:
-    """Best-of-n by reward and by energy (β = 1), as laws on the pool."""
+    """Best-of-n by reward and by energy (β = 1), as distributions on the pool."""
     completions, rewards, surprisal = numbered(pool.completions), pool.values["rewards"], pool.values["surprisal"]
     return [
         reweighted(
@@ -157,7 +158,7 @@ def numbered(completions: Sequence[Sequence[tuple[int, ...]]]) -> Tensor:
 
 def describe(sample: Sample, pool: Sample | None) -> Row:
     """A line of the table: means over problems with their intervals, and the KL from the policy or what bounds it."""
-    row: Row = {"law": sample.label, "curve": sample.curve, "beta": sample.beta, "at": sample.at}
+    row: Row = {"distribution": sample.label, "curve": sample.curve, "beta": sample.beta, "at": sample.at}
     row |= {"problems": len(sample.problems), "samples": (sample.pool or sample).values["rewards"].shape[1]}
     means = {"accuracy": "correct", "reward": "rewards", "gold_reward": "gold", "surprisal": "surprisal"}
     for name, key in means.items():
@@ -200,7 +201,7 @@ def features_of(sample: Sample, policy: Policy, problems: Sequence[Problem]) -> 
 
 
 def compare(first: Sample, second: Sample, seen_first: Tensor, seen_second: Tensor) -> Row:
-    """Two laws on the same problems: are they the same law, and which is better?"""
+    """Whether two distributions on the same problems are the same one, and which is better."""
     row: Row = {"first": first.label, "second": second.label, "problems": len(first.problems)}
     generator = seeded_generator("compare", first.label, second.label)
     rewards = first.mean("rewards"), second.mean("rewards")

@@ -1,9 +1,9 @@
-"""Completions of a law, by whatever way they are made, and what judges and the policy say of each: plain values."""
+"""Completions of a distribution, by whatever way they are made, and what reward models and the policy say of each."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -11,23 +11,23 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from nabla_rl.data.problems import Problem
-from nabla_rl.decoding import AbstractDecoder, EditSearch, Greedy, Sampling
+from nabla_rl.decoding import AbstractDecoder, Nabla, Sampling, Setting
 from nabla_rl.decoding.base import draw_rollouts, prefill
 from nabla_rl.decoding.descent import Descent
-from nabla_rl.decoding.module import Decoding, judge_completions
-from nabla_rl.dto import DTOConfig
+from nabla_rl.decoding.run import Job, judge_completions
 from nabla_rl.functional.kl import reverse_kl
 from nabla_rl.functional.logps import sequence_logps
 from nabla_rl.ledger import Ledger
 from nabla_rl.models.groups import group_logits
 from nabla_rl.models.policy import Policy
+from nabla_rl.report.rows import Row
+from nabla_rl.studies.jobs import Decoding
 from nabla_rl.types import UserError
 
-Row = dict[str, Any]
 Ids = tuple[int, ...]
 Density = Literal["known", "point", "unknown"]
-"""Of a law at its completions: the policy's own (sampling), one completion (a deterministic decoder), or none that
-could be evaluated (a search with random numbers)."""
+"""Whether a distribution's density is known at its completions: the policy's own (sampling), one completion (a
+deterministic decoder), or none that could be evaluated (a search with random numbers)."""
 
 BATCH = 256
 """Completions that go through a model side by side."""
@@ -37,18 +37,18 @@ MOST_ROWS = 2048
 
 @dataclass(frozen=True)
 class Source:
-    """A law of completions: a policy, perhaps with an adapter, and a way to decode it.
+    """A distribution of completions: a policy, perhaps with an adapter, and a way to decode it.
 
     Attributes:
-        curve: the line of a figure that it belongs to.
-        beta: strength of the whole, where it has one; β of the decoder unless `options` say otherwise.
-        at: its place on the curve, where that is not β: a number of steps or rounds.
-        decoder: a decoder of the decode command, `sample` (temperature 1, untruncated) or `dto` (DTO alone).
-        samples: completions of each problem.
-        adapter: which of the study's adapters is in the policy; null: none.
-        step: after how many steps of its training; null: at its end.
-        tilt: β of a reweighting of the samples by exp(r/β); null: they are taken as they are.
-        options: dotted options of the decode command.
+        curve: Line of a figure that it belongs to.
+        beta: Strength of the whole, where it has one; β of the decoder unless `model.beta` says otherwise.
+        at: Place on the curve, where that is not β: a number of steps or rounds.
+        decoder: A decoder, `sample` (temperature 1, untruncated) or `dto` (DTO alone, with `model.nabla.dto`).
+        samples: Completions of each problem.
+        adapter: Which of the study's adapters is in the policy; null is none.
+        step: Number of steps of its training; null is all of them.
+        tilt: β of a reweighting of the samples by exp(r/β); null takes them as they are.
+        seed: Random seed in place of the point's; null is the point's.
     """
 
     curve: str
@@ -59,28 +59,33 @@ class Source:
     adapter: str | None = None
     step: int | None = None
     tilt: float | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         """Check the values."""
         if self.samples < 1:
-            raise UserError(f"--variants: expected samples of at least 1, found {self.samples}.")
+            raise UserError("samples", "at least 1", str(self.samples))
         for name in ("beta", "tilt"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise UserError(f"--variants: expected a positive {name}, found {value}.")
+                raise UserError(name, "a positive number", str(value))
         if self.tilt is not None and self.decoder != "sample":
-            raise UserError(f"--variants: expected tilt with samples of a policy alone, found it with {self.decoder}.")
+            raise UserError("tilt", "none but with samples of a policy", f"{self.tilt} with {self.decoder}")
+
+    @property
+    def decoders(self) -> list[str]:
+        """The decoder whose options it takes."""
+        return {"sample": ["sample"], "dto": ["nabla"]}.get(self.decoder, [self.decoder])
 
 
 @dataclass
 class Drawn:
-    """The completions of a law.
+    """The completions of a distribution.
 
     Attributes:
-        completions: of each problem, in order.
-        flops: of each problem's completions together.
-        density: whether the law's density is known.
+        completions: Those of each problem, in order.
+        flops: Mean cost of a completion, for each problem.
+        density: Whether the density is known.
     """
 
     completions: list[list[Ids]]
@@ -88,76 +93,73 @@ class Drawn:
     density: Density
 
 
-def draw(source: Source, module: Decoding, problems: Sequence[Problem], extract: Any, *, batch_size: int) -> Drawn:
-    """Completions of every problem by the way that the source names, from the models that `module` holds."""
+def draw(source: Source, decoding: Decoding, job: Job) -> Drawn:
+    """Completions of every problem by the way that the source names."""
     found = Drawn([], [], "known")
-    seed = module.seed
-    size = max(1, min(batch_size, MOST_ROWS // source.samples)) if source.decoder == "sample" else batch_size
+    problems, size = decoding.data.problems, decoding.data.batch_size
+    if source.decoder == "sample":
+        size = max(1, min(size, MOST_ROWS // source.samples))
     for start in range(0, len(problems), size):
         part = problems[start : start + size]
         ledger = Ledger(len(part))
         if source.decoder == "sample":
-            found.completions += _samples(source, module, part, ledger)
+            found.completions += _samples(source, job, part, ledger)
         else:
+            decoder = decoder_of(source, decoding)
+            found.density = "point" if decoder.is_deterministic(job.sampling) else "unknown"
             several: list[list[Ids]] = [[] for _ in part]
             for number in range(source.samples):
-                module.seed = seed + 1000 * number
-                decoder = _decoder(source, module, extract)
-                found.density = "point" if is_deterministic(decoder) else "unknown"
-                for answers, result in zip(
-                    several, decoder.decode(part, module.policy, module.reward, ledger), strict=True
-                ):
+                setting = _setting(source, job, ledger, job.seed + 1000 * number)
+                for answers, result in zip(several, decoder.decode(part, setting), strict=True):
                     answers.append(tuple(result.ids))
-            module.seed = seed
             found.completions += several
         found.flops += [ledger.cost(k).flops / source.samples for k in range(len(part))]
     return found
 
 
-def _samples(source: Source, module: Decoding, problems: Sequence[Problem], ledger: Ledger) -> list[list[Ids]]:
-    sampling = Sampling(1.0, 1.0, module.sampling.max_new_tokens)
-    prefix = prefill(problems, module.policy, ledger, sampling.max_new_tokens)
-    rollout = draw_rollouts(problems, module.policy, prefix, sampling, n=source.samples, seed=module.seed)
+def _setting(source: Source, job: Job, ledger: Ledger, seed: int) -> Setting:
+    """The setting of one draw; samples and what DTO starts from are the whole distribution's."""
+    whole = source.decoder in ("sample", "dto")
+    sampling = Sampling(1.0, 1.0, job.sampling.max_new_tokens) if whole else job.sampling
+    return Setting(job.policy, job.reward, ledger, job.beta, sampling, seed, job.budget, job.extract)
+
+
+def _samples(source: Source, job: Job, problems: Sequence[Problem], ledger: Ledger) -> list[list[Ids]]:
+    setting = _setting(source, job, ledger, job.seed)
+    rollout = draw_rollouts(problems, setting, prefill(problems, setting), n=source.samples)
     rows = [tuple(ids[mask].tolist()) for ids, mask in zip(rollout.ids, rollout.mask, strict=True)]
     return [rows[k * source.samples : (k + 1) * source.samples] for k in range(len(problems))]
 
 
-def _decoder(source: Source, module: Decoding, extract: Any) -> AbstractDecoder:
+def decoder_of(source: Source, decoding: Decoding) -> AbstractDecoder:
+    """The decoder that a source names; `dto` is the optimisation of ∇-Reasoner by itself."""
+    decoder = decoding.decoder
     if source.decoder == "dto":
-        config: DTOConfig = module.nabla.dto
-        return Descent(config, Sampling(1.0, 1.0, module.sampling.max_new_tokens), module.seed)
-    return module.build_decoder(source.decoder, extract)
+        assert isinstance(decoder, Nabla)
+        return Descent(decoder.dto)
+    return decoder
 
 
-def is_deterministic(decoder: AbstractDecoder) -> bool:
-    """Does the decoder answer a problem in one way only, whatever its seed?"""
-    if isinstance(decoder, EditSearch):
-        return decoder.sampling.temperature == 0 and not decoder.proposals.startswith("random")
-    return isinstance(decoder, Greedy)
-
-
-def judge(drawn: Drawn, module: Decoding, reference: Policy, problems: Sequence[Problem], grade: Any) -> Row:
-    """Rewards, correctness and -log π_ref of every completion, and the KL of each problem's law from the reference
-    where the law is a policy's: exact over the vocabulary at every position of its samples, summed over the
-    completion (unbiased, and less noisy than log-ratios). Those, log π - log π_ref, are there for such a law, too.
+def judge(drawn: Drawn, job: Job, reference: Policy, problems: Sequence[Problem]) -> Row:
+    """Rewards, correctness and -log π_ref of every completion, and the KL of each problem's distribution from the
+    reference where the distribution is a policy's: exact over the vocabulary at every position of its samples, summed
+    over the completion (unbiased, and less noisy than log-ratios). The log-ratios log π - log π_ref are there for such
+    a distribution, too.
 
     Equal completions of a problem are judged once, so that they have equal values to the last bit.
     """
     different = [sorted(set(answers)) for answers in drawn.completions]
     owners = [problem for problem, ids in zip(problems, different, strict=True) for _ in ids]
     flat = [ids for each in different for ids in each]
-    texts = [module.policy.decode(ids) for ids in flat]
+    graded = [job.graded(job.policy.decode(ids), owner) for ids, owner in zip(flat, owners, strict=True)]
     columns = {
-        "rewards": judge_completions(module.reward, owners, flat, batch_size=BATCH),
-        "gold": judge_completions(module.gold, owners, flat, role="gold_reward", batch_size=BATCH),
-        "correct": [
-            None if owner.answer is None else float(grade(text, owner.answer))
-            for owner, text in zip(owners, texts, strict=True)
-        ],
+        "rewards": judge_completions(job.reward, owners, flat, batch_size=BATCH),
+        "gold": judge_completions(job.gold, owners, flat, role="gold", batch_size=BATCH),
+        "correct": [None if right is None else float(right) for right in graded],
         "surprisal": [-value for value in completion_logps(reference, owners, flat)],
     }
     if drawn.density == "known":
-        own = completion_logps(module.policy, owners, flat) if module.policy is not reference else None
+        own = completion_logps(job.policy, owners, flat) if job.policy is not reference else None
         columns["log_ratio"] = [
             0.0 if own is None else own[k] + surprisal for k, surprisal in enumerate(columns["surprisal"])
         ]
@@ -169,7 +171,7 @@ def judge(drawn: Drawn, module: Decoding, reference: Policy, problems: Sequence[
         ]
         row[name] = [[mine[ids] for ids in answers] for mine, answers in zip(judged, drawn.completions, strict=True)]
     known = drawn.density == "known"
-    row["kl"] = policy_kl(module.policy, reference, problems, drawn.completions) if known else None
+    row["kl"] = policy_kl(job.policy, reference, problems, drawn.completions) if known else None
     return row | {"flops": drawn.flops, "density": drawn.density}
 
 
@@ -211,8 +213,8 @@ def policy_kl(
     for start in range(0, len(problems), each):
         prompts = [policy.encode_prompt(problem.problem) for problem in problems[start : start + each]]
         ids, mask = _padded([ids for answers in completions[start : start + each] for ids in answers], policy)
-        laws = [group_logits(model, prompts, ids, mask, Ledger(1)).log_softmax(-1) for model in (policy, reference)]
-        sums = sequence_logps(reverse_kl(*laws), mask).double()
+        logps = [group_logits(model, prompts, ids, mask, Ledger(1)).log_softmax(-1) for model in (policy, reference)]
+        sums = sequence_logps(reverse_kl(*logps), mask).double()
         found += sums.view(-1, size).mean(1).tolist()
     return found
 

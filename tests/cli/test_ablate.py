@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-from nabla_rl.alignment.aligner import PolicyAligner
-from nabla_rl.alignment.data import AlignmentData
 from nabla_rl.cli import ablate as ablate_cli
-from nabla_rl.cli import align as align_cli
 from nabla_rl.cli import app as cli
-from nabla_rl.cli import distill as distill_cli
-from nabla_rl.distillation.data import DistillationData
-from nabla_rl.distillation.distiller import PolicyDistiller
-from nabla_rl.studies import base as ablate
-from nabla_rl.studies.base import DecodeGrid, DualityExact, Point, build_points
-from nabla_rl.studies.measured import Measured
-from nabla_rl.studies.training import DistillGrid
+from nabla_rl.cli.ablate import build_study
+from nabla_rl.report.rows import Report
+from nabla_rl.run_folder import flatten
+from nabla_rl.studies.base import Design, Point, Watch
+from nabla_rl.studies.exact import DualityExact
+from nabla_rl.studies.grid import DecodeGrid
 from nabla_rl.types import UserError
 from tests.cli import toys_cli
-from tests.cli.test_configs import parse
+from tests.studies.toys_studies import CONFIGS, options_of, study_options
 
-FILES = sorted(ablate_cli.CONFIGS.glob("*.yaml"))
+DEFAULT = CONFIGS[0].parent / "duality_exact.yaml"
 SMALL = {"max_steps": 30, "chains": 32, "run_steps": 8, "exact_steps": 10, "sampled_steps": 10, "batch_size": 8}
 
 
@@ -78,9 +74,8 @@ def test_exact_study_writes_verdicts_tables_figures_and_a_page(tmp_path, capsys)
 def test_the_command_line_changes_single_options_of_grid_and_fixed(tmp_path, monkeypatch):
     """Two of one group, and of one section, both count."""
     seen = []
-    monkeypatch.setattr(DecodeGrid, "check", lambda self, points: seen.append((self.fixed, points)))
-    monkeypatch.setattr(DecodeGrid, "run", lambda self, point, folder: [{"decoder": "nabla"}])
-    monkeypatch.setattr(DecodeGrid, "report", stub_report)
+    monkeypatch.setattr(DecodeGrid, "__post_init__", lambda self: seen.append(self.design))
+    monkeypatch.setattr(ablate_cli, "run", lambda *_: 0)
     file = write(
         tmp_path, study="decode", grid={"model.beta": [1.0, 2.0]}, fixed={"data.limit": 9, "data.split": "test"}
     )
@@ -95,9 +90,10 @@ def test_the_command_line_changes_single_options_of_grid_and_fixed(tmp_path, mon
     ]
     given += ["--fixed.model.policy.name", "a", "--grid.model.beta", "[5]", "--grid.model.nabla.sweeps", "[1, 2]"]
     assert cli.ablate(given) == 0
-    [(fixed, points)] = seen
-    assert fixed == {"data.limit": 3, "data.split": "test", "data.seed": 1, "model.policy.name": "a"}
-    assert [point.values for point in points] == [{"model.beta": 5, "model.nabla.sweeps": k} for k in (1, 2)]
+    [design] = seen
+    assert design.fixed == {"data.limit": 3, "data.split": "test", "data.seed": 1, "model.policy.name": "a"}
+    values = [point.values for point in design.points()]
+    assert values == [{"model.beta": 5, "model.nabla.sweeps": k} for k in (1, 2)]
 
 
 def test_a_single_option_without_a_value_is_refused(capsys):
@@ -105,33 +101,32 @@ def test_a_single_option_without_a_value_is_refused(capsys):
     assert capsys.readouterr().err.startswith("error: --fixed.data.limit: expected a name and a value, found none.")
 
 
-def stub_report(self, rows: Sequence[dict], folder: Path) -> ablate.Report:
-    return ablate.Report(list(rows))
+def stub_report(self, rows: Sequence[dict], folder: Path) -> Report:
+    return Report(list(rows))
 
 
 def test_without_options_runs_the_exact_study(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked: list = []
-    monkeypatch.setattr(
-        ablate_cli, "run_points", lambda study, points, folder: asked.append((study, points, folder.path))
-    )
-    assert cli.ablate([]) == 0 and cli.ablate(["--config", str(ablate_cli.DEFAULT)]) == 0
-    assert asked[0] == asked[1] and asked[0][2] == Path("runs/ablate/duality_exact")
-    assert isinstance(asked[0][0], DualityExact) and len(asked[0][1]) == 15
+    monkeypatch.setattr(ablate_cli, "run", lambda study, path, arguments: asked.append((study, path)) or 0)
+    assert cli.ablate([]) == 0 and cli.ablate(["--config", str(DEFAULT)]) == 0
+    assert cli.ablate(["--config", "duality_exact"]) == 0
+    assert asked[0] == asked[1] == asked[2] and asked[0][1] == Path("runs/ablate/duality_exact")
+    assert isinstance(asked[0][0], DualityExact) and len(asked[0][0].points) == 15
 
 
 def test_a_study_goes_on_point_by_point(tmp_path, monkeypatch, capsys):
     """Interrupted in its second point, it keeps the first; continued, it does the rest alone."""
     arguments, done, stop = exact(tmp_path, [1.0, 0.2]), [], [True]
 
-    def run(self, point: Point, folder: Path):
+    def run(self, point: Point, folder: Path, watch: Watch):
         if done and stop:
             raise KeyboardInterrupt
         done.append(point.id)
         return [{"decoder": "duality_exact", "beta": point.values["beta"]}]
 
-    monkeypatch.setattr(DualityExact, "run", run)
-    monkeypatch.setattr(DualityExact, "report", stub_report)
+    monkeypatch.setattr(DualityExact, "run_point", run)
+    monkeypatch.setattr(DualityExact, "report_rows", stub_report)
     assert cli.ablate(arguments) == 130
     assert "interrupted" in capsys.readouterr().err
     first = lines(tmp_path)
@@ -149,17 +144,18 @@ def test_a_study_goes_on_point_by_point(tmp_path, monkeypatch, capsys):
 
 
 def test_a_point_gives_the_same_result_twice(tmp_path):
-    study, point = DualityExact(ablate_cli.ExactSettings(**SMALL)), Point({"landscape": "table", "beta": 0.5}, 3)
-    once, again = (json.dumps([{**row, "seconds": 0} for row in study.run(point, tmp_path)]) for _ in range(2))
+    design = Design([3], {"landscape": ["table"], "beta": [0.5]})
+    study = DualityExact(design, ablate_cli.ExactSettings(**SMALL))
+    (point,) = study.points
+    once, again = (
+        json.dumps([{**row, "seconds": 0} for row in study.run_point(point, tmp_path, Watch())]) for _ in range(2)
+    )
     assert once == again
 
 
-def test_decode_study_runs_the_decode_command_at_every_point(tmp_path, capsys):
+def test_decode_study_has_a_run_folder_for_every_point(tmp_path, capsys):
     models = toys_cli.save_models(tmp_path / "models")
-    given = toys_cli.options(models)
-    fixed = {name.removeprefix("--"): value for name, value in zip(given[::2], given[1::2], strict=True)}
-    fixed |= {"model.decoders": ["greedy", "nabla"], "data.limit": 3, "data.batch_size": 3}
-    fixed = {name: int(v) if isinstance(v, str) and v.isdigit() else v for name, v in fixed.items()}
+    fixed = options_of(models, data__limit=3, data__batch_size=3) | {"model.decoders": ["greedy", "nabla"]}
     grid = {"model.beta": [1.0, 0.1]}
     file = write(tmp_path, study="decode", grid=grid, fixed=fixed, seeds=[0, 1])
     assert cli.ablate(["--config", str(file), "--run_dir", str(tmp_path / "run")]) == 0
@@ -198,11 +194,12 @@ def test_bad_input_is_one_line_and_exit_code_two(tmp_path, capsys):
         assert error.count("\n") == 1 and error.startswith("error: ")
         return error
 
-    assert "expected one of duality_exact, decode, distill, measured, found 'magic'" in complaint(
-        [*good, "--study", "magic"]
+    assert (
+        "--study: expected one of duality_exact, decode, frontier, distill, measured, curves, found 'magic'"
+        in complaint([*good, "--study", "magic"])
     )
     assert "--exact.chainz: expected an option" in complaint([*good, "--exact.chainz", "3"])
-    assert "settings.chains: expected a larger number, found 1" in complaint([*good, "--exact.chains", "1"])
+    assert "--exact.chains: expected a larger number, found 1" in complaint([*good, "--exact.chains", "1"])
     assert "expected a YAML file" in complaint(["--config", str(tmp_path / "none.yaml")])
     for grid, words in (
         ({}, "found none"),
@@ -217,18 +214,28 @@ def test_bad_input_is_one_line_and_exit_code_two(tmp_path, capsys):
         file = write(tmp_path, study="duality_exact", grid=grid)
         assert words in complaint(["--config", str(file), "--run_dir", str(tmp_path / "other")]), grid
     file = write(tmp_path, study="decode", grid={"model.betta": [1.0]}, fixed={"data.limit": 1})
-    assert "--model.betta" in complaint(["--config", str(file), "--run_dir", str(tmp_path / "other2")])
+    assert (
+        "--grid.model.betta: expected an option of decode, found an unknown one. Did you mean model.beta?"
+        in complaint(["--config", str(file), "--run_dir", str(tmp_path / "other2")])
+    )
     file = write(tmp_path, study="decode", grid={"beta": [1.0]})
-    assert "dotted options of decode.py" in complaint(["--config", str(file)])
+    assert "--grid.beta: expected a dotted option of decode" in complaint(["--config", str(file)])
     file = write(tmp_path, study="decode", grid={"model.beta": [1.0]}, fixed={"model.beta": 2.0})
     assert "that the grid does not vary" in complaint(["--config", str(file)])
+    assert "Did you mean duality_exact?" in complaint(["--config", "duality"])
+    assert "--flops: expected none with a decode study" in complaint([*good, "--flops", "[1.0]"])
+    file = write(tmp_path, study="decode", variants={"a": {"model.beta": 0.0}})
+    assert "variants.a.model.beta: expected a positive number, found 0.0" in complaint(["--config", str(file)])
+    file = write(tmp_path, study="decode", variants={"a": {"decoder": "greedy"}})
+    assert "variants.a.decoder: expected a dotted option" in complaint(["--config", str(file)])
 
 
 def test_a_folder_of_another_study_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        DualityExact, "run", lambda self, point, folder: [{"decoder": "duality_exact", "beta": point.values["beta"]}]
-    )
-    monkeypatch.setattr(DualityExact, "report", stub_report)
+        DualityExact, "run_point",
+        lambda self, point, *_: [{"decoder": "duality_exact", "beta": point.values["beta"]}],
+    )  # fmt: skip
+    monkeypatch.setattr(DualityExact, "report_rows", stub_report)
     arguments = exact(tmp_path, [1.0])
     assert cli.ablate(arguments) == 0
     assert cli.ablate([*arguments, "--exact.chains", "64"]) == 2
@@ -240,66 +247,39 @@ def test_a_folder_of_another_study_is_refused(tmp_path, monkeypatch, capsys):
     assert lines(tmp_path)[-1]["id"].endswith("seed=7")
 
 
-def parse_training(command: str, options: dict[str, Any]) -> Any:
-    """The options of a training command as it reads them; nothing is built."""
-    kind, module, data = {
-        "distill": (distill_cli.DistillCLI, PolicyDistiller, DistillationData),
-        "align": (align_cli.AlignCLI, PolicyAligner, AlignmentData),
-    }[command]
-
-    class ParsedOnly(kind):
-        def instantiate_classes(self) -> None:
-            pass
-
-    words = [(f"--{name}", value if isinstance(value, str) else json.dumps(value)) for name, value in options.items()]
-    return ParsedOnly(
-        module, data, run=False, args=[word for pair in words for word in pair], seed_everything_default=False,
-        save_config_callback=None, auto_configure_optimizers=False,
-        parser_kwargs={"exit_on_error": False},
-    ).config  # fmt: skip
-
-
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_yaml_is_a_study_that_can_run(file):
-    options = ablate_cli.build_parser().parse_args(["--config", str(file)])
-    variants = options.variants
-    points = build_points(ablate_cli.whole_grid(options.grid, variants), options.seeds)
-    assert 1 < len(points) <= 40
-    if options.study == "duality_exact":
-        DualityExact().check(points)
+    """To build a study is to check every option of every variant against the verbs' own."""
+    study = build_study(study_options(file))
+    assert 1 < len(study.points) <= 40
+    if not isinstance(study, DecodeGrid):
         return
-    study = ablate_cli.build_study(options)
-    if isinstance(study, DistillGrid):
-        study.check(points)
-        for label, variant in variants.items():
-            parsed = parse_training(variant.get("command", "distill"), study.options(label))
-            assert parsed.data.eval_split in ("validation", "test") and parsed.data.family in ("sorting", "words")
-        return
-    study.check(points)
-    if isinstance(study, Measured):
-        for label in variants:
-            parse(study.arguments(study.source(label), "sorting", 0, None))
-        return
-    assert isinstance(study, DecodeGrid)
-    for point in (points[0], points[-1]):
-        config = parse(study.arguments(point, Path("unused")))
-        assert config["model"]["decoders"] == options.fixed["model.decoders"]
-        assert config["data"]["split"] == "validation" and config["data"]["limit"] <= 200
-        chosen = variants.get(point.values.get("variant"), {})
-        for name, value in {**point.values, **chosen}.items():
-            if name == "variant":
-                continue
-            found = config
-            for part in name.split("."):
-                found = found[part]
-            assert found == value, name
+    for point in (study.points[0], study.points[-1]):
+        decoding, given = study.decoding(point), study.design.options(point, "decode")
+        config = flatten(decoding.config)
+        assert config["data.split"] == "validation" and config["data.limit"] <= 200
+        for name in {**study.design.fixed, **study.design.options_of(point.label)}:
+            if name.split(".")[1] in (*decoding.decoders, "beta", "sampling", "policy", "reward", "split", "family"):
+                assert config[name] == given[name], name
+
+
+def test_every_kind_of_study_has_a_shipped_file():
+    assert {study_options(file).study for file in CONFIGS} == set(ablate_cli.STUDIES)
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_a_shipped_file_says_how_it_is_run_and_names_no_folder_of_one_machine(file):
+    text = file.read_text()
+    assert f"nabla-rl ablate --config {file.stem}" in text
+    for name, value in flatten(yaml.safe_load(text)).items():
+        assert not (isinstance(value, str) and Path(value).is_absolute()), name
 
 
 def test_points_are_every_combination_for_every_seed():
-    points = build_points({"a.b": [1, 2], "c": ["x"]}, [0, 5])
+    points = Design([0, 5], {"a.b": [1, 2], "c": ["x"]}).points()
     assert [point.id for point in points] == ["b=1_c=x_seed=0", "b=1_c=x_seed=5", "b=2_c=x_seed=0", "b=2_c=x_seed=5"]
-    with pytest.raises(UserError, match="--seeds: expected different whole numbers"):
-        build_points({"a": [1]}, [])
+    with pytest.raises(UserError, match="seeds: expected different whole numbers"):
+        Design([], {"a": [1]}).points()
 
 
 def test_variants_are_held_to_the_first_one_on_the_same_problems(tmp_path):
@@ -318,3 +298,61 @@ def test_variants_are_held_to_the_first_one_on_the_same_problems(tmp_path):
     assert second["difference"] == pytest.approx(second["accuracy"] - first["accuracy"])
     assert second["flops_saved"] == pytest.approx(1 - second["flops"] / first["flops"])
     assert 0.3 < second["flops_saved"] < 1
+
+
+def test_a_variant_with_another_decoder_is_compared_too(tmp_path):
+    models = toys_cli.save_models(tmp_path / "models")
+    fixed = options_of(models, data__limit=3) | {"model.decoders": ["edit_search"]}
+    control = {"model.decoders": ["nabla_rl.studies.controls.RandomEdits"], "model.random_edits.max_rollouts": 3}
+    file = write(tmp_path, study="decode", fixed=fixed, variants={"default": {}, "random": control})
+    assert cli.ablate(["--config", str(file), "--run_dir", str(tmp_path / "run")]) == 0
+    first, second = json.loads((tmp_path / "run" / "table.json").read_text())
+    assert (first["decoder"], second["decoder"]) == ("edit_search", "random_edits")
+    assert "difference" in second and "flops_saved" in second
+
+
+def test_it_shows_that_it_is_alive(tmp_path, monkeypatch, capsys):
+    """A line at the start and after every point where there is no terminal; bars on one."""
+    monkeypatch.setattr(
+        DualityExact, "run_point", lambda self, point, *_: [{"decoder": "duality_exact", **point.values}]
+    )
+    monkeypatch.setattr(DualityExact, "report_rows", stub_report)
+    assert cli.ablate(exact(tmp_path, [1.0, 0.5])) == 0
+    first, *points = capsys.readouterr().err.splitlines()
+    assert first == f"run: 2 points, results in {tmp_path / 'run'}/"
+    assert [line.rpartition(" (")[0] for line in points] == [
+        "1 of 2: landscape=table_beta=1.0_seed=0", "2 of 2: landscape=table_beta=0.5_seed=0",
+    ]  # fmt: skip
+    watch = ablate_cli.BarWatch()
+    watch.start("two points")
+    watch.begin(1, 2, "the first")
+    watch.step(3, 10, "problem 4 of 10")
+    whole, part = watch.progress.tasks
+    assert (whole.description, part.description, part.completed) == ("the first", "  problem 4 of 10", 3)
+    watch.end()
+    watch.stop()
+    assert (whole.completed, whole.total) == (1, 2)
+
+
+def test_kill_9_in_the_middle_of_a_point_loses_no_batch(tmp_path):
+    models = toys_cli.save_models(tmp_path / "models")
+    fixed = options_of(models, data__limit=12, data__batch_size=1) | {"model.decoders": ["nabla"]}
+    file = write(tmp_path, study="decode", fixed=fixed, grid={"model.beta": [1.0, 0.1]})
+    process = toys_cli.start_script("ablate", ["--config", str(file), "--run_dir", str(tmp_path / "run")])
+    first = tmp_path / "run" / "points" / "beta=1.0_seed=0" / "results.jsonl"
+    deadline = time.monotonic() + 120
+    while not (first.is_file() and first.read_bytes().count(b"\n") >= 3):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.kill()
+    process.communicate(timeout=60)
+    assert not (tmp_path / "run" / "summary.json").exists(), "the run was over before it was killed"
+    kept = first.read_bytes()
+    kept = kept[: kept.rfind(b"\n") + 1]
+    assert cli.ablate(["--config", str(file), "--run_dir", str(tmp_path / "run")]) == 0
+    assert first.read_bytes().startswith(kept)
+    assert cli.ablate(["--config", str(file), "--run_dir", str(tmp_path / "other")]) == 0
+    tables = [json.loads((tmp_path / name / "table.json").read_text()) for name in ("run", "other")]
+    assert [[{**row, "seconds": 0} for row in table] for table in tables][0] == [
+        {**row, "seconds": 0} for row in tables[1]
+    ]

@@ -61,9 +61,14 @@ def options(models: Path, run_dir: Path | None = None, **changes: object) -> lis
 
 
 def start(arguments: list[str], **more) -> subprocess.Popen:
-    """The script as a user runs it."""
+    """Decoding as a user runs it."""
+    return start_script("decode", arguments, **more)
+
+
+def start_script(verb: str, arguments: list[str], **more) -> subprocess.Popen:
+    """A script as a user runs it."""
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts" / "decode.py"), *arguments],
+        [sys.executable, str(ROOT / "scripts" / f"{verb}.py"), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -13,22 +13,24 @@ import yaml
 
 from nabla_rl.budget import Budget, Point, point_at
 from nabla_rl.cli import app as cli
-from nabla_rl.cli import decode as decode_cli
-from nabla_rl.cli.decode import CONFIGS
-from nabla_rl.decoding.module import Decoding
+from nabla_rl.cli.ablate import build_study
+from nabla_rl.decoding.run import Job
 from nabla_rl.report.frontier import QUANTITIES, ROW
-from nabla_rl.studies import frontier as module
-from nabla_rl.studies.frontier import FrontierOptions, build_cells
-from tests.cli.test_configs import ParsedOnly, ProblemData
-from tests.cli.toys_cli import options, save_models, start
+from nabla_rl.run_folder import flatten
+from nabla_rl.studies import jobs
+from nabla_rl.studies.frontier import Frontier
+from tests.cli.toys_cli import options, save_models, start_script
+from tests.studies.toys_studies import CONFIGS, options_of, study_options
 
 IDS = [f"sorting-test-0-{number}" for number in range(4)]
 VARIANTS = {
     "greedy": {"decoder": "greedy"},
-    "best_of_n": {"decoder": "best_of_n", "best_of_n.n": 6},
-    "by_reward": {"decoder": "best_of_n", "best_of_n": {"n": 6, "choose_by": "reward"}},
+    "best_of_n": {"decoder": "best_of_n", "model.best_of_n.n": 6},
+    "by_reward": {"decoder": "best_of_n", "model.best_of_n": {"n": 6, "choose_by": "reward"}},
 }
-FRONTIER = {"seeds": [0, 5], "flops": [1e6, 2e6, 3e6], "baseline": "best_of_n", "variants": VARIANTS}
+FRONTIER = {
+    "study": "frontier", "seeds": [0, 5], "flops": [1e6, 2e6, 3e6], "baseline": "best_of_n", "variants": VARIANTS,
+}  # fmt: skip
 CELLS = ["best_of_n/seed0", "best_of_n/seed5", "by_reward/seed0", "by_reward/seed5", "greedy/seed0"]
 
 
@@ -41,7 +43,7 @@ def models(tmp_path_factory) -> Path:
 def whole(models, tmp_path_factory) -> Path:
     """The folder of a run that nothing disturbed. Not to be written to."""
     folder = tmp_path_factory.mktemp("whole")
-    assert cli.decode(arguments(models, folder / "run")) == 0
+    assert cli.ablate(arguments(models, folder / "run")) == 0
     return folder / "run"
 
 
@@ -49,28 +51,28 @@ def whole(models, tmp_path_factory) -> Path:
 def no_pictures(monkeypatch) -> None:
     """Drawing takes longer than a small run; `whole` is made before this and has its pictures."""
     monkeypatch.setattr("nabla_rl.report.frontier.PLOTS", ())
-    monkeypatch.setattr(decode_cli, "write_report", lambda path, *_: path.write_text("</html>"))
 
 
 @pytest.fixture
 def decoded(monkeypatch) -> list[tuple[str, int, str]]:
     """The (problem, seed, decoder) triples that are really decoded, in order."""
     triples: list[tuple[str, int, str]] = []
-    decode_batch = Decoding.decode_batch
+    lines = Job.lines
 
-    def noted(self, name, problems):
-        triples.extend((problem.id, self.seed, name) for problem in problems)
-        return decode_batch(self, name, problems)
+    def noted(self, decoder, problems, **more):
+        triples.extend((problem.id, self.seed, decoder.name) for problem in problems)
+        return lines(self, decoder, problems, **more)
 
-    monkeypatch.setattr(Decoding, "decode_batch", noted)
+    monkeypatch.setattr(Job, "lines", noted)
     return triples
 
 
 def arguments(models: Path, run_dir: Path, frontier: dict | None = None, **changes: object) -> list[str]:
     run_dir.parent.mkdir(exist_ok=True)
     file = run_dir.parent / "frontier.yaml"
-    file.write_text(yaml.safe_dump({"frontier": FRONTIER | (frontier or {})}, sort_keys=False))
-    return ["--config", str(file), *options(models, run_dir, **changes)]
+    content = {**FRONTIER, "fixed": options_of(models, **changes), **(frontier or {})}
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    return ["--config", str(file), "--run_dir", str(run_dir)]
 
 
 def lines(folder: Path) -> list[dict]:
@@ -104,7 +106,9 @@ def test_the_folder_has_everything(whole):
     assert sorted(os.listdir(whole)) == sorted([*files, *VARIANTS])
     cells = sorted(str(file.parent.relative_to(whole)) for file in whole.rglob("results.jsonl"))
     assert cells == CELLS  # greedy has no randomness: one seed is enough
-    assert yaml.safe_load((whole / "config.yaml").read_text())["frontier"]["variants"] == VARIANTS
+    assert yaml.safe_load((whole / "config.yaml").read_text())["variants"] == {
+        k: flatten(v) for k, v in VARIANTS.items()
+    }
 
 
 def test_schema(whole):
@@ -142,8 +146,8 @@ def test_what_a_smaller_budget_gives_is_what_a_run_with_it_gives(models, whole, 
     """The reading off a curve against an ordinary run that was stopped there."""
     found = 0
     for flops in FRONTIER["flops"]:
-        arguments = options(models, tmp_path / f"{flops}", model__best_of_n__n=6, model__decoders="[best_of_n]")
-        assert cli.decode([*arguments, "--model.budget.flops", str(flops)]) == 0
+        given = options(models, tmp_path / f"{flops}", model__best_of_n__n=6, model__decoders="[best_of_n]")
+        assert cli.decode([*given, "--model.budget.flops", str(flops)]) == 0
         stopped = {row["id"]: row for row in lines(tmp_path / f"{flops}")}
         for row in lines(whole / "best_of_n" / "seed0"):
             point = point_at([Point(*entry) for entry in row["curve"]], Budget(flops=flops))
@@ -172,27 +176,18 @@ def test_rows_are_means_of_what_the_lines_say(whole):
 
 
 def test_without_the_second_judge(models, tmp_path):
-    assert cli.decode(arguments(models, tmp_path / "run", model__gold__name="null", data__limit=2)) == 0
+    assert cli.ablate(arguments(models, tmp_path / "run", model__gold__name=None, data__limit=2)) == 0
     content = json.loads((tmp_path / "run" / "frontier.json").read_text())
     assert {row["gold_reward"] for row in content["rows"]} == {None}
 
 
 def test_the_table_is_printed(models, tmp_path, capsys):
-    assert cli.decode(arguments(models, tmp_path / "run", data__limit=2)) == 0
+    assert cli.ablate(arguments(models, tmp_path / "run", data__limit=2)) == 0
     out, err = capsys.readouterr()
     for label in VARIANTS:
-        assert len([line for line in out.splitlines() if f"│ {label} " in line]) == 1
+        assert len([line for line in out.splitlines() if f" {label} " in line]) == 1
     assert "2 problems (sorting, test split), seeds 0, 5" in out and "frontier.html" in out
     assert "error" not in err and "Traceback" not in err
-
-
-def test_an_ordinary_run_has_a_curve_too_and_no_frontier(models, tmp_path):
-    assert cli.decode(options(models, tmp_path / "run", data__limit=1)) == 0
-    for row in lines(tmp_path / "run"):
-        assert all(len(point) == 5 for point in row["curve"])
-        assert row["curve"][-1][0] == len(row["rollouts"]) and "answers" not in row
-        assert row["rollouts"][row["curve"][-1][4]]["text"] == row["completion"]
-    assert "frontier" not in yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
 
 
 # Interruptions
@@ -200,11 +195,11 @@ def test_an_ordinary_run_has_a_curve_too_and_no_frontier(models, tmp_path):
 
 def test_finished_work_is_not_done_again(models, whole, tmp_path, decoded):
     run_dir = tmp_path / "run"
-    assert cli.decode(arguments(models, run_dir)) == 0
+    assert cli.ablate(arguments(models, run_dir)) == 0
     assert timeless(run_dir) == timeless(whole)
     before = {cell: (run_dir / cell / "results.jsonl").read_bytes() for cell in CELLS}
     decoded.clear()
-    assert cli.decode(arguments(models, run_dir)) == 0
+    assert cli.ablate(arguments(models, run_dir)) == 0
     assert decoded == []
     assert {cell: (run_dir / cell / "results.jsonl").read_bytes() for cell in CELLS} == before
 
@@ -218,7 +213,7 @@ def test_a_killed_run_goes_on_where_it_was(models, whole, tmp_path, decoded):
         written = (whole / cell / "results.jsonl").read_bytes().splitlines(keepends=True)
         kept = b"".join(written[:2]) if cell != "by_reward/seed5" else written[0][:60]
         (run_dir / cell / "results.jsonl").write_bytes(kept)
-    assert cli.decode(arguments(models, run_dir)) == 0
+    assert cli.ablate(arguments(models, run_dir)) == 0
     torn = [(key, 5, "best_of_n") for key in IDS[:2]]
     assert decoded[:2] == torn and len(decoded) == 2 + 2 * len(CELLS)
     assert timeless(run_dir) == timeless(whole)
@@ -229,7 +224,7 @@ def test_a_killed_run_goes_on_where_it_was(models, whole, tmp_path, decoded):
 def test_kill_9_and_again(models, tmp_path):
     changes = {"data__limit": 12, "data__batch_size": 1}
     run_dir = tmp_path / "run"
-    process = start(arguments(models, run_dir, **changes))
+    process = start_script("ablate", arguments(models, run_dir, **changes))
     first = run_dir / "greedy" / "seed0" / "results.jsonl"
     deadline = time.monotonic() + 120
     while not (first.is_file() and first.read_bytes().count(b"\n") >= 3):
@@ -240,50 +235,50 @@ def test_kill_9_and_again(models, tmp_path):
     assert not (run_dir / "frontier.json").exists(), "the run was over before it was killed"
     kept = first.read_bytes()
     kept = kept[: kept.rfind(b"\n") + 1]
-    assert cli.decode(arguments(models, run_dir, **changes)) == 0
+    assert cli.ablate(arguments(models, run_dir, **changes)) == 0
     assert first.read_bytes().startswith(kept)
-    assert cli.decode(arguments(models, tmp_path / "other" / "run", **changes)) == 0
+    assert cli.ablate(arguments(models, tmp_path / "other" / "run", **changes)) == 0
     assert timeless(run_dir) == timeless(tmp_path / "other" / "run")
 
 
 def test_ctrl_c_leaves_the_frontier_of_what_is_finished(models, tmp_path, monkeypatch, capsys):
-    decode_batch, calls = Decoding.decode_batch, []
+    lines_of, calls = Job.lines, []
 
-    def interrupted(self, name, problems):
-        calls.append(name)
+    def interrupted(self, decoder, problems, **more):
+        calls.append(decoder.name)
         if len(calls) == len(CELLS) + 2:
             raise KeyboardInterrupt
-        return decode_batch(self, name, problems)
+        return lines_of(self, decoder, problems, **more)
 
     handler = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(Decoding, "decode_batch", interrupted)
-    assert cli.decode(arguments(models, tmp_path / "run")) == 130
+    monkeypatch.setattr(Job, "lines", interrupted)
+    assert cli.ablate(arguments(models, tmp_path / "run")) == 130
     assert signal.getsignal(signal.SIGINT) == handler
     assert "the 2 finished of 4 problems" in capsys.readouterr().out
     assert timeless(tmp_path / "run")["problems"] == 2
 
 
 def test_interrupted_before_any_problem_was_finished(models, tmp_path, monkeypatch, capsys):
-    decode_batch, calls = Decoding.decode_batch, []
+    lines_of, calls = Job.lines, []
 
-    def interrupted(self, name, problems):
-        calls.append(name)
+    def interrupted(self, decoder, problems, **more):
+        calls.append(decoder.name)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return decode_batch(self, name, problems)
+        return lines_of(self, decoder, problems, **more)
 
-    monkeypatch.setattr(Decoding, "decode_batch", interrupted)
-    assert cli.decode(arguments(models, tmp_path / "run")) == 130
+    monkeypatch.setattr(Job, "lines", interrupted)
+    assert cli.ablate(arguments(models, tmp_path / "run")) == 130
     assert timeless(tmp_path / "run")["rows"] == []
-    assert capsys.readouterr().err.count("\n") == 1
+    assert "error: interrupted" in capsys.readouterr().err
 
 
 def test_variants_seeds_and_smaller_budgets_can_be_added(models, tmp_path, decoded):
     run_dir = tmp_path / "run"
-    assert cli.decode(arguments(models, run_dir)) == 0
+    assert cli.ablate(arguments(models, run_dir)) == 0
     decoded.clear()
     more = {"flops": [5e5, *FRONTIER["flops"]], "variants": VARIANTS | {"vote": {"decoder": "self_consistency"}}}
-    assert cli.decode(arguments(models, run_dir, more)) == 0
+    assert cli.ablate(arguments(models, run_dir, more)) == 0
     assert {name for *_, name in decoded} == {"self_consistency"}
     assert len(decoded) == 8
 
@@ -293,95 +288,121 @@ def test_variants_seeds_and_smaller_budgets_can_be_added(models, tmp_path, decod
 
 @pytest.fixture
 def refused(models, tmp_path, capsys):
-    def run(frontier: dict, *more: str) -> str:
+    def run(frontier: dict, *more: str, **changes: object) -> str:
         capsys.readouterr()
-        assert cli.decode([*arguments(models, tmp_path / "run", frontier), *more]) == 2
+        assert cli.ablate([*arguments(models, tmp_path / "run", frontier, **changes), *more]) == 2
         out, err = capsys.readouterr()
-        assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
-        return err
+        error = err.splitlines()[-1]
+        assert out == "" and error.startswith("error: ") and err.count("error: ") == 1 and "Traceback" not in err
+        return error
 
     return run
+
+
+def only(**variant: object) -> dict:
+    """A frontier of one variant."""
+    return {"variants": {"a": variant}, "baseline": None}
 
 
 @pytest.mark.parametrize(
     ("frontier", "fragments"),
     [
-        ({"variants": {"a": {"decoder": "gredy"}}, "baseline": None},
-         ["--frontier.variants.a.decoder: expected one of", "'gredy'"]),
-        ({"variants": {"a": {}}, "baseline": None}, ["--frontier.variants.a.decoder: expected one of", "found None"]),
-        ({"variants": {"a/b": {"decoder": "greedy"}}, "baseline": None}, ["expected a label of letters", "'a/b'"]),
-        ({"variants": {"a": {"decoder": "best_of_n", "best_of_n.m": 2}}, "baseline": None},
-         ["--frontier.variants.a: --model.best_of_n.m: expected an option", "Did you mean --model.best_of_n"]),
-        ({"variants": {"a": {"decoder": "best_of_n", "best_of_n.n": "x"}}, "baseline": None},
-         ["--frontier.variants.a: --model.best_of_n.n: expected a whole number, found 'x'"]),
-        ({"variants": {"a": {"decoder": "best_of_n", "best_of_n.n": 0}}, "baseline": None},
-         ["--frontier.variants.a: --model.best_of_n.n: expected at least 1, found 0"]),
-        ({"variants": {"a": {"decoder": "beam", "beam.width": 0}}, "baseline": None},
-         ["--frontier.variants.a: --model.beam.width: expected at least 1, found 0"]),
-        ({"variants": {"a": {"decoder": "greedy", "reward.name": "x"}}, "baseline": None},
-         ["--frontier.variants.a.reward.name: expected an option of the decoder", "Use --model.reward.name"]),
-        ({"baseline": "best"}, ["--frontier.baseline: expected one of greedy, best_of_n, by_reward, found 'best'"]),
-        ({"flops": []}, ["--frontier.flops: expected a list of positive budgets, found []"]),
-        ({"flops": [-1.0]}, ["--frontier.flops: expected a list of positive budgets"]),
-        ({"flops": "much"}, ["--frontier.flops: expected", "'much'"]),
-        ({"seeds": [1, 1]}, ["--frontier.seeds: expected a list of different seeds, found [1, 1]"]),
-        ({"sedes": [1]}, ["--frontier.sedes: expected an option"]),
+        (only(decoder="gredy"),
+         ["variants.a.decoder: expected one of", "'gredy'", "Did you mean greedy?"]),
+        (only(), ["variants.a.decoder: expected the name of a decoder", "found None"]),
+        (only(decoder="no_such.module.Decoder"), ["variants.a.decoder: expected one of", "which cannot be imported"]),
+        ({"variants": {"a/b": {"decoder": "greedy"}}, "baseline": None}, ["expected labels of letters", "'a/b'"]),
+        (only(decoder="best_of_n", **{"model.best_of_n.m": 2}),
+         ["variants.a.model.best_of_n.m: expected an option of decode", "Did you mean model.best_of_n"]),
+        (only(decoder="best_of_n", **{"model.best_of_n.n": "x"}),
+         ["variants.a.model.best_of_n.n: expected a whole number, found 'x'"]),
+        (only(decoder="best_of_n", **{"model.best_of_n.n": 0}),
+         ["variants.a.model.best_of_n.n: expected at least 1, found 0"]),
+        (only(decoder="beam", **{"model.beam.width": 0}),
+         ["variants.a.model.beam.width: expected at least 1, found 0"]),
+        (only(decoder="greedy", **{"model.reward.name": "x"}),
+         ["variants.a.model.reward.name: expected an option of the decoder", "--fixed.model.reward.name"]),
+        (only(decoder="greedy", **{"data.limit": 1}), ["variants.a.data.limit: expected an option of the decoder"]),
+        (only(decoder="greedy", seed=[0]),
+         ["variants.a.seed: expected one of decoder, seeds", "Did you mean seeds?"]),
+        (only(decoder="greedy", seeds=[7]),
+         ["variants.a.seeds: expected some of the study's seeds, [0, 5], found [7]"]),
+        ({"baseline": "best"}, ["--baseline: expected one of greedy, best_of_n, by_reward, found 'best'"]),
+        ({"flops": []}, ["--flops: expected a list of positive budgets, found []"]),
+        ({"flops": [-1.0]}, ["--flops: expected a list of positive budgets"]),
+        ({"flops": "much"}, ["--flops: expected", "much"]),
+        ({"seeds": [1, 1]}, ["--seeds: expected different whole numbers, found [1, 1]"]),
+        ({"sedes": [1]}, ["--sedes: expected an option"]),
+        ({"grid": {"model.beta": [1.0]}}, ["--grid: expected none with a frontier study"]),
+        ({"variants": {}, "baseline": None}, ["--variants: expected labels and their options"]),
     ],
 )  # fmt: skip
 def test_bad_frontiers(refused, frontier, fragments, monkeypatch):
-    monkeypatch.setattr(Decoding, "load_models", lambda *_: pytest.fail("models were loaded"))
+    monkeypatch.setattr(jobs, "load_policy", lambda *_, **__: pytest.fail("models were loaded"))
     message = refused(frontier)
     for fragment in fragments:
         assert fragment in message, message
 
 
 def test_a_bad_budget_for_every_decoder(refused):
-    message = refused({}, "--model.budget.rollouts", "0")
-    assert "--model.budget.rollouts: expected a positive number" in message
+    message = refused({}, "--fixed.model.budget.rollouts", "0")
+    assert "--fixed.model.budget.rollouts: expected a positive number" in message
 
 
 def test_a_changed_configuration_is_refused(models, refused, tmp_path):
-    assert cli.decode(arguments(models, tmp_path / "run", data__limit=2)) == 0
+    assert cli.ablate(arguments(models, tmp_path / "run", data__limit=2)) == 0
     place = tmp_path / "run" / "best_of_n" / "seed0"
     before = (place / "results.jsonl").read_bytes()
-    changed = {**VARIANTS, "best_of_n": {"decoder": "best_of_n", "best_of_n.n": 7}}
-    message = refused({"variants": changed}, "--data.limit", "2")
+    changed = {**VARIANTS, "best_of_n": {"decoder": "best_of_n", "model.best_of_n.n": 7}}
+    message = refused({"variants": changed}, data__limit=2)
     assert f"--run_dir: expected {place} to hold this configuration" in message
     assert "model.best_of_n.n = 6 there and 7 now" in message
     assert (place / "results.jsonl").read_bytes() == before
     assert "data.limit = 2 there and 4 now" in refused({})
-    assert "model.budget.flops = 3000000.0 there" in refused({"flops": [1e6, 4e6]}, "--data.limit", "2")
+    assert "model.budget.flops = 3000000.0 there" in refused({"flops": [1e6, 4e6]}, data__limit=2)
 
 
 def test_the_folder_of_an_ordinary_run_is_refused(models, refused, tmp_path):
     assert cli.decode(options(models, tmp_path / "run", model__decoders="[greedy]", data__limit=1)) == 0
-    assert "found an ordinary run in" in refused({})
+    assert "found another run in" in refused({})
+
+
+def test_models_are_loaded_once_for_all_cells(models, tmp_path, monkeypatch):
+    loaded, load = [], jobs.load_policy
+    monkeypatch.setattr(jobs, "load_policy", lambda given, **more: loaded.append(given) or load(given, **more))
+    assert cli.ablate(arguments(models, tmp_path / "run", data__limit=2)) == 0
+    assert len(loaded) == 1
 
 
 # The shipped files
 
 
-@pytest.mark.parametrize("file", sorted(CONFIGS.glob("frontier*.yaml")), ids=lambda file: file.name)
+@pytest.mark.parametrize(
+    "file", [f for f in CONFIGS if yaml.safe_load(f.read_text())["study"] == "frontier"], ids=lambda file: file.stem
+)
 def test_every_variant_of_the_shipped_files_is_one(file):
-    cli_ = ParsedOnly(
-        Decoding,
-        ProblemData,
-        run=False,
-        args=["--config", str(file)],
-        seed_everything_default=False,
-        save_config_callback=None,
-        auto_configure_optimizers=False,
-        parser_kwargs={"exit_on_error": False},
-    )
-    given = FrontierOptions(**yaml.safe_load(file.read_text())["frontier"])
-    cells = build_cells(given, cli_.variant)
-    assert {cell.label for cell in cells} == set(given.variants)
-    for cell in cells:
-        assert cell.decoder == given.variants[cell.label]["decoder"]
-        assert cell.module.seed == cell.seed and cell.config["seed"] == cell.seed
-        assert "frontier" not in cell.config
+    study, given = build_study(study_options(file)), yaml.safe_load(file.read_text())
+    assert isinstance(study, Frontier)
+    assert {point.label for point in study.points} == set(given["variants"])
+    for point, decoding in zip(study.points, study.decodings, strict=True):
+        variant = given["variants"][point.label]
+        assert variant["decoder"] in (decoding.decoder.name, f"{type(decoding.decoder).__module__}."
+                                      f"{type(decoding.decoder).__name__}")  # fmt: skip
+        assert decoding.seed == point.seed == decoding.config["seed"]
+        found = flatten(decoding.config)
+        for name, value in variant.items():
+            if "." in name:
+                assert found[name] == value, name
 
 
 def test_options_of_other_decoders_do_not_decide(models):
-    config = {"seed": 0, "frontier": {}, "model": {"beta": 1.0, "best_of_n": {"n": 2}, "nabla": {"sweeps": 3}}}
-    assert module.cell_config(config, "nabla") == {"seed": 0, "model": {"beta": 1.0, "nabla": {"sweeps": 3}}}
+    study = Frontier(jobs_design(models), [1e6])
+    configs = {point.label: d.config["model"] for point, d in zip(study.points, study.decodings, strict=True)}
+    assert "best_of_n" not in configs["greedy"] and configs["best_of_n"]["best_of_n"]["n"] == 6
+    assert all("mcts" not in config for config in configs.values())
+
+
+def jobs_design(models: Path):
+    from nabla_rl.studies.base import Design
+
+    return Design([0], {}, options_of(models), VARIANTS)

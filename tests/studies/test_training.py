@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from nabla_rl.cli import app as cli
-from nabla_rl.studies.base import Point
+from nabla_rl.studies.base import Design, Point
 from nabla_rl.studies.training import DistillGrid, compared, figures
 from nabla_rl.types import UserError
 from tests.cli.toys_cli import read_results, save_models
@@ -58,7 +58,7 @@ def study(tmp_path_factory) -> Path:
             **policy, "data.family": "sorting", "data.limit": 70, "data.eval_limit": 4, "data.validation_limit": 3,
             "data.problem_seed": 5, "data.filters.min_reward": -100, "teacher.policy.name": str(models / "policy"),
             "teacher.reward.name": str(models / "reward"), "teacher.gold.name": None,
-            "teacher.sampling.max_new_tokens": 8, "teacher.nabla.edits.max_rollouts": 2,
+            "teacher.sampling.max_new_tokens": 8, "teacher.edit_search.max_rollouts": 2,
             "model.training.per_device_train_batch_size": 8, "model.training.max_steps": 2,
             "model.training.report_to": "none",
         },
@@ -115,15 +115,22 @@ def test_the_table_has_a_line_for_each_variant(study, capsys):
 @pytest.mark.parametrize(
     ("variants", "fixed", "said"),
     [
-        ({}, {}, "--grid: expected none with a distill study"),
-        ({"a": {"command": "decode"}}, {}, "expected command distill or align, found 'decode' in 'a'"),
-        ({"a": {}, "b": {"against": "c"}}, {}, "expected against in 'b' to be one of a, b, found 'c'"),
-        ({"a": {"data_of": "b"}, "b": {}}, {}, "expected data_of in 'a' to be one of none yet, found 'b'"),
-        ({"a": {"teacher.beta": 1.0, "command": "align"}}, {}, "dotted options of align.py, found 'teacher.beta'"),
-        ({"a": {}}, {"beta": 1.0}, "--fixed: expected dotted options of distill.py, found 'beta'"),
+        ({}, {}, "grid: expected none with a distill study"),
+        ({"a": {"command": "decode"}}, {}, "variants.a.command: expected one of align, distill, found 'decode'"),
+        ({"a": {}, "b": {"against": "c"}}, {}, "variants.b.against: expected one of a, b, found 'c'"),
+        ({"a": {"data_of": "b"}, "b": {}}, {}, "variants.a.data_of: expected none for the first variant, found 'b'"),
+        ({"a": {"teacher.beta": 1.0, "command": "align"}}, {}, "variants.a.teacher.beta: expected an option of align"),
+        ({"a": {}}, {"beta": 1.0}, "fixed.beta: expected a dotted option of distill"),
+        (
+            {"a": {"model.training.max_stps": 3}},
+            {},
+            "variants.a.model.training.max_stps: expected an option",
+        ),
+        ({"a": {"model.training.max_steps": "x"}}, {}, "variants.a.model.training.max_steps: expected a whole number"),
+        ({"a": {"model.training.max_steps": 0}}, {}, "variants.a.model.training.max_steps: expected at least 1"),
+        ({"a": {"againts": "a"}}, {}, "variants.a.againts: expected one of .* Did you mean against?"),
     ],
 )
 def test_bad_variants_are_named(variants, fixed, said):
-    points = [Point({"variant": label}, 0) for label in variants] or [Point({"model.beta": 1.0}, 0)]
     with pytest.raises(UserError, match=said):
-        DistillGrid(fixed, variants).check(points)
+        DistillGrid(Design([0], {}, fixed, variants))
