@@ -29,7 +29,7 @@ class UserError(ValueError):
 
     LIMIT = 400
 
-    def __init__(self, option: str, expected: str = "", found: str = "", advice: str = ""):
+    def __init__(self, option: str, expected: str, found: str, advice: str = ""):
         super().__init__(option, expected, found, advice)
         self.option, self.expected, self.found, self.advice = option, expected, found, advice
 
@@ -38,8 +38,6 @@ class UserError(ValueError):
 
     def told(self, subject: Callable[[str], str], mention: Callable[[str], str]) -> str:
         """The line, at most `LIMIT` characters; `subject` spells the faulty setting, `mention` any other one."""
-        if not self.expected:  # transition: a message in one piece
-            return self.option
         expected, advice = (_SETTING.sub(lambda m: mention(m[1]), text) for text in (self.expected, self.advice))
         head = f"{_printable(subject(self.option))}: expected {expected}, found "
         tail = f". {advice}" if advice else "."

@@ -383,10 +383,10 @@ def decoder_class(name: str, *, argument: str = "decoder") -> type[AbstractDecod
 def embedded_family(policy: str | PolicyOptions | Policy) -> str | None:
     """The family of an embedded model, given by name or loaded; None for any other one."""
     if isinstance(policy, Policy):
-        folder = Path(policy.backbone.model.name_or_path)
+        folder = Path(str(policy.backbone.model.name_or_path))
         return folder.parent.name if folder.parent.parent == ASSETS else None
     name = policy.name if isinstance(policy, PolicyOptions) else policy
-    return name.partition("/")[0] if is_embedded(name) else None
+    return name.partition("/")[0] if isinstance(name, str) and is_embedded(name) else None
 
 
 def batches(problems: Sequence[Problem], size: int) -> Iterable[list[Problem]]:
