@@ -80,7 +80,7 @@ def test_a_table_prints_the_stored_numbers(page, name, text):
 def test_every_measurement_is_shown_and_says_where_it_is_from():
     """No file without a table, a command and a commit."""
     shown = {name for _, name, _ in tables()}
-    assert shown == {*STORED, "front_page"} - set(FRONTIERS)
+    assert shown == {*STORED, *script("tables").DERIVED} - set(FRONTIERS)
     for name in STORED:
         assert stored(name)["set_up"] and stored(name)["command"] and stored(name)["commit"], name
 
@@ -149,4 +149,6 @@ def test_the_figure_on_disk_is_the_one_that_the_script_draws(tmp_path, monkeypat
 
 def marks(svg: str) -> list[tuple[float, float]]:
     """Where markers stand, to a tenth of a point."""
-    return [(round(float(x), 1), round(float(y), 1)) for x, y in re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)"', svg)]
+    return [
+        (round(float(x), 1), round(float(y), 1)) for x, y in re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)"', svg)
+    ]

@@ -1,7 +1,7 @@
 """Write the tables of README.md and docs/results.md from the stored measurements: python docs/results/tables.py
 
-A page names a table by a comment, `<!-- table: NAME -->`; what stands between it and the next empty line after the
-table is replaced. NAME is a file of this folder, or `front_page`, which is read off the two frontiers.
+A page names a table by a comment, `<!-- table: NAME -->`, and the table after it is replaced. NAME is a file of this
+folder, or a key of `DERIVED`, whose tables are read off the two frontiers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
-MARK = re.compile(r"(<!-- table: (\w+) -->\n)\n?(?:\|.*\n)*")
+MARK = re.compile(r"(<!-- table: (\w+) -->\n)\n*(?:\|.*\n)*\n?")
 
 FRONT_PAGE = (
     ("greedy", "greedy", None),
@@ -26,7 +26,21 @@ FRONT_PAGE = (
     ("edit search by exact values", "edit_search", None),
     ("the reward model's own language model, greedy", "strong_greedy", None),
 )
-"""Rows of the first page's table: label, decoder of the frontier, number of rollouts (None is its last point)."""
+"""Rows of the first page's table: label, decoder of the frontiers, number of rollouts (None is its last point)."""
+FRONTIERS = (
+    ("greedy", "greedy", None),
+    ("self-consistency, 32 samples", "self_consistency", 32),
+    ("best-of-8 by energy", "best_of_n", 8),
+    ("best-of-32 by energy", "best_of_n", 32),
+    ("beam search by token, width 2", "beam_2", None),
+    ("∇-Reasoner, `--config published`", "published", None),
+    ("the same, gradient threshold in the paper's units", "published_threshold", None),
+    ("edit search without values", "edit_search_policy", None),
+    ("edit search by a taught gradient", "edit_search_gradient", None),
+    ("edit search by exact values (default)", "edit_search", None),
+    ("tiny-strong, greedy", "strong_greedy", None),
+)
+"""The same of the results page."""
 
 Cell = Any
 """A number, a text, None, or a value with its interval (low, high) and its cost (flops)."""
@@ -39,20 +53,42 @@ def read(name: str) -> dict[str, Any]:
 
 def front_page() -> dict[str, Any]:
     """The table of the first page, read off the frontiers."""
-    families = {family: read(f"frontier_{family}")["decoders"] for family in ("words", "sorting")}
-    rows = [[label, *(_point(found[decoder], n) for found in families.values())] for label, decoder, n in FRONT_PAGE]
-    return {"columns": [["", "text"], ["word problems", "accuracy"], ["sorting letters", "accuracy"]], "rows": rows}
+    words, sorting = _decoders("words"), _decoders("sorting")
+    columns = [["", "text"], ["word problems", "accuracy"], ["sorting letters", "accuracy"]]
+    rows = [[label, _point(words[key], n), _point(sorting[key], n)] for label, key, n in FRONT_PAGE]
+    return {"columns": columns, "rows": rows}
 
 
-def _point(decoder: dict[str, Any], rollouts: int | None) -> Cell:
+def frontiers() -> dict[str, Any]:
+    """The same for more decoders, with sequential calls."""
+    families = {family: _decoders(family) for family in ("words", "sorting")}
+    columns = [["decoder", "text"]]
+    for family in families:
+        columns += [[family, "accuracy"], [f"{family}, sequential calls", "calls"]]
+    rows = []
+    for label, key, n in FRONTIERS:
+        found = [_point(decoders[key], n) for decoders in families.values()]
+        rows.append([label, *(part for one in found for part in (one, one["sequential_calls"]))])
+    return {"columns": columns, "rows": rows}
+
+
+def _decoders(family: str) -> dict[str, Any]:
+    return read(f"frontier_{family}")["decoders"]
+
+
+def _point(decoder: dict[str, Any], rollouts: int | None) -> dict[str, Any]:
     points = decoder["points"]
     found = points[-1] if rollouts is None else next(p for p in points if p["rollouts"] == rollouts)
-    return {"value": found["accuracy"]} | {name: found[name] for name in ("low", "high", "flops")}
+    return {"value": found["accuracy"]} | {name: found[name] for name in ("low", "high", "flops", "sequential_calls")}
+
+
+DERIVED = {"front_page": front_page, "frontiers": frontiers}
+"""Tables that are read off several files."""
 
 
 def table(name: str) -> dict[str, Any]:
     """A table by its name: columns with their kinds, and rows of cells."""
-    return front_page() if name == "front_page" else read(name)
+    return DERIVED[name]() if name in DERIVED else read(name)
 
 
 def scientific(value: float) -> str:
@@ -70,6 +106,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "rate3": (".3f", ".3f"),
     "percent": ("+.0f", ""),
     "number": ("g", "g"),
+    "calls": (".0f", ""),
 }
 """How a column prints a value, and the ends of its interval."""
 
@@ -99,7 +136,7 @@ def markdown(content: dict[str, Any]) -> str:
 
 def rewrite(text: str, made: Callable[[str], str] = lambda name: markdown(table(name))) -> str:
     """A page with its tables made anew."""
-    return MARK.sub(lambda match: f"{match[1]}\n{made(match[2])}", text)
+    return MARK.sub(lambda match: f"{match[1]}\n{made(match[2])}\n", text)
 
 
 if __name__ == "__main__":
