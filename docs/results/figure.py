@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 OUT = HERE.parent / "figures"
 LINES = (
     ("edit_search", "edit search by exact values", "#0072B2", "o"),
-    ("edit_search_gradient", "edit search by gradient", "#56B4E9", "s"),
+    ("edit_search_taught", "edit search by gradient", "#56B4E9", "s"),
     ("beam_2", "beam search, width 2", "#009E73", "^"),
     ("best_of_n", "best-of-n", "#E69F00", "D"),
     ("published", "∇-Reasoner as published", "#D55E00", "v"),

@@ -22,7 +22,7 @@ FRONT_PAGE = (
     ("best-of-8", "best_of_n", 8),
     ("best-of-32", "best_of_n", 32),
     ("∇-Reasoner as published", "published", None),
-    ("edit search by gradient", "edit_search_gradient", None),
+    ("edit search by gradient", "edit_search_taught", None),
     ("edit search by exact values", "edit_search", None),
     ("the reward model's own language model, greedy", "strong_greedy", None),
 )
@@ -35,8 +35,8 @@ FRONTIERS = (
     ("beam search by token, width 2", "beam_2", None),
     ("∇-Reasoner, `--config published`", "published", None),
     ("the same, gradient threshold in the paper's units", "published_threshold", None),
-    ("edit search without values", "edit_search_policy", None),
-    ("edit search by a taught gradient", "edit_search_gradient", None),
+    ("edit search without values, same positions", "twin_located", None),
+    ("edit search by a taught gradient", "edit_search_taught", None),
     ("edit search by exact values (default)", "edit_search", None),
     ("tiny-strong, greedy", "strong_greedy", None),
 )
