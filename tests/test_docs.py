@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +17,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = sorted([README, *(ROOT / "docs").rglob("*.md")])
+LOG = ROOT / "docs" / "log.md"
+"""The record of what was run: its commands are those of the commits that it names."""
 MAX_WIDTH = 120
 
 FENCE = re.compile(r"^( *)(```+|~~~+)(.*)$")
@@ -26,6 +31,7 @@ def name(page: Path) -> str:
 
 
 on_every_page = pytest.mark.parametrize("page", PAGES, ids=name)
+on_current_pages = pytest.mark.parametrize("page", [page for page in PAGES if page != LOG], ids=name)
 
 
 @dataclass(frozen=True)
@@ -66,9 +72,40 @@ def test_python_blocks_run_in_order(page, monkeypatch, tmp_path, capsys):
     module = ModuleType(f"docs_{page.stem}")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
     for block in python_blocks(page):
         source = "\n" * (block.line - 1) + block.text
         exec(compile(source, str(page), "exec"), module.__dict__)  # noqa: S102
+
+
+EXTENDING = ROOT / "docs" / "extending.md"
+TITLE = re.compile(r'python title="([\w.]+)"')
+
+
+def extension_commands() -> list[str]:
+    """The commands of the page on extending, each on one line."""
+    blocks = [block.text.replace("\\\n", " ") for block in split(EXTENDING)[0] if block.info == "bash"]
+    return [line for text in blocks for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("command", extension_commands(), ids=lambda command: command.split("python ")[1][:60])
+def test_extensions_are_named_on_the_command_line(command, tmp_path):
+    """A block with a file name is a file in the working folder, and the page's commands find what it defines."""
+    for block in split(EXTENDING)[0]:
+        if titled := TITLE.fullmatch(block.info):
+            (tmp_path / titled[1]).write_text(block.text + "\n", encoding="utf-8")
+    (tmp_path / "mine.jsonl").write_text('{"problem": "Ada has 3 apples. Ada buys 4 more.", "answer": "7"}\n')
+    words = [word for word in shlex.split(command) if word != "PYTHONPATH=."]
+    assert words[0] == "python"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / words[1]), *words[2:]],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def anchor(heading: str) -> str:
@@ -94,8 +131,6 @@ def test_relative_links_resolve(page):
 def known_options() -> frozenset[str]:
     """The options of `decode`, `align` and `distill`, as the real parsers have them, and of `train_tiny`, whose
     optional groups are no actions of their own."""
-    from dataclasses import fields
-
     from nabla_rl.alignment.aligner import PolicyAligner
     from nabla_rl.alignment.data import AlignmentData
     from nabla_rl.cli.align import AlignCLI
@@ -103,69 +138,55 @@ def known_options() -> frozenset[str]:
     from nabla_rl.cli.distill import DistillCLI
     from nabla_rl.cli.train_tiny import JudgeOptions, TaughtOptions, TrainTinyOptions
     from nabla_rl.data.module import ProblemData
-    from nabla_rl.decoding.module import Decoding
+    from nabla_rl.decoding.module import DecodingModule
     from nabla_rl.distillation.data import DistillationData
     from nabla_rl.distillation.distiller import PolicyDistiller
 
     taken: list[str] = []
+    for cli, module, data in (
+        (DecodeCLI, DecodingModule, ProblemData),
+        (AlignCLI, PolicyAligner, AlignmentData),
+        (DistillCLI, PolicyDistiller, DistillationData),
+    ):
 
-    class Collect(DecodeCLI):
-        def parse_arguments(self, parser, args):
-            taken.extend(option for action in parser._actions for option in action.option_strings)
-            raise StopIteration
+        class Collect(cli):
+            def parse_arguments(self, parser, args):
+                taken.extend(option for action in parser._actions for option in action.option_strings)
+                raise StopIteration
 
-    with pytest.raises(StopIteration):
-        Collect(Decoding, ProblemData, run=False, args=[], save_config_callback=None, auto_configure_optimizers=False)
-
-    class CollectAlign(AlignCLI):
-        def parse_arguments(self, parser, args):
-            taken.extend(option for action in parser._actions for option in action.option_strings)
-            raise StopIteration
-
-    with pytest.raises(StopIteration):
-        CollectAlign(
-            PolicyAligner,
-            AlignmentData,
-            run=False,
-            args=[],
-            save_config_callback=None,
-            auto_configure_optimizers=False,
-        )
-
-    class CollectDistill(DistillCLI):
-        def parse_arguments(self, parser, args):
-            taken.extend(option for action in parser._actions for option in action.option_strings)
-            raise StopIteration
-
-    with pytest.raises(StopIteration):
-        CollectDistill(
-            PolicyDistiller,
-            DistillationData,
-            run=False,
-            args=[],
-            save_config_callback=None,
-            auto_configure_optimizers=False,
-        )
+        with pytest.raises(StopIteration):
+            Collect.read([], module, data)
     taken += [f"--model.{field.name}" for field in fields(TrainTinyOptions)]
     for group, options in (("judge", JudgeOptions), ("taught", TaughtOptions)):
         taken += [f"--model.{group}.{field.name}" for field in fields(options)]
     return frozenset(taken)
 
 
-@on_every_page
+def own_options(page: Path) -> set[str]:
+    """The options of decoders that a page defines: `name` and fields of a dataclass in a file of its own."""
+    found = set()
+    for block in split(page)[0]:
+        for named in re.findall(r'name: ClassVar\[str\] = "(\w+)"', block.text):
+            found |= {f"model.{named}.{option}" for option in re.findall(r"^    (\w+): ", block.text, re.MULTILINE)}
+    return found
+
+
+@on_current_pages
 def test_options_exist(page):
     """In prose and in every block: an option that was renamed is renamed here too."""
-    for option in set(OPTION.findall(page.read_text(encoding="utf-8"))):
+    for option in set(OPTION.findall(page.read_text(encoding="utf-8"))) - own_options(page):
         assert f"--{option}" in known_options(), f"{name(page)}: no option --{option}"
 
 
-@on_every_page
+@on_current_pages
 def test_named_scripts_configs_and_targets_exist(page):
     text = page.read_text(encoding="utf-8")
     for script in re.findall(r"python (scripts/[\w/]+\.py)", text):
         assert (ROOT / script).is_file(), f"{name(page)}: no {script}"
     for config in re.findall(r"configs/[\w/.-]+\.yaml", text):
         assert (ROOT / config).is_file(), f"{name(page)}: no {config}"
+    for verb, config in re.findall(r"scripts/(\w+)\.py [^`\n]*--config (\w+)(?![\w/.])", text):
+        assert (ROOT / "configs" / verb / f"{config}.yaml").is_file(), f"{name(page)}: no {config} of {verb}"
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     for target in re.findall(r"(?:^ {4}|`)make ([a-z-]+)", text, flags=re.MULTILINE):
         assert target in targets, f"{name(page)}: no target {target} in the Makefile"
@@ -197,15 +218,10 @@ def test_api_references_resolve():
                 assert attribute in vars(importlib.import_module(owner)), f"{name(page)}: no {dotted}"
 
 
-def test_readme_keeps_the_markers_of_its_results():
-    """The table between them is generated."""
-    lines = README.read_text(encoding="utf-8").splitlines()
-    assert lines.index("<!-- results:begin -->") < lines.index("<!-- results:end -->")
-
-
-def test_readme_file_tree_is_the_real_one():
+def test_the_file_tree_is_the_real_one():
     """Every file and folder it names exists, and it names every module of the package."""
-    tree = next(block.text for block in split(README)[0] if block.info == "tree")
+    page = ROOT / "docs" / "developer" / "design_principles.md"
+    tree = next(block.text for block in split(page)[0] if block.info == "tree")
     folder, named = ROOT, set()
     for line in tree.splitlines():
         entry = line.split()[0]
@@ -214,8 +230,8 @@ def test_readme_file_tree_is_the_real_one():
         else:
             path = ROOT / entry
             folder = path if entry.endswith("/") else ROOT
-        assert path.exists(), f"README.md: no {path.relative_to(ROOT)}"
+        assert path.exists(), f"{name(page)}: no {path.relative_to(ROOT)}"
         named.add(path)
     modules = {p for p in (ROOT / "nabla_rl").iterdir() if p.name not in ("__init__.py", "__pycache__")}
     missing = {p.relative_to(ROOT).as_posix() for p in modules - named if p.suffix in ("", ".py")}
-    assert not missing, f"README.md: the tree lacks {', '.join(sorted(missing))}"
+    assert not missing, f"{name(page)}: the tree lacks {', '.join(sorted(missing))}"
