@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nabla_rl.report.html import facts, figure_block, rows_table, svg_text, write_page
-from nabla_rl.report.summary import acceleration_shares, finished_by_all, summarise
+from nabla_rl.report.summary import Line, acceleration_shares, finished_by_all, summarise
 from nabla_rl.report.table import MISSING, Row, counted, format_power, is_missing
 from nabla_rl.run_folder import RunFolder, as_user_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Line = Mapping[str, Any]
-"""A line of results.jsonl."""
 
 COLUMNS = (
     "decoder",
@@ -53,7 +50,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 def write_decoded(
     folder: RunFolder,
-    results: Sequence[dict],
+    results: Sequence[Line],
     decoders: Sequence[str],
     *,
     seed: int,
@@ -151,10 +148,10 @@ def _results(summary: Sequence[Row], results: Sequence[Line], columns: Sequence[
     if any(not is_missing(row.get("accuracy")) for row in summary):
         label = "Accuracy of each decoder, with its 95% Wilson interval, against FLOPs per problem"
         parts.append(figure_block(svg_text(draw_accuracy(summary)), label))
-    parts += [rows_table(summary, columns), '<p class="note">Rewards and costs are means over problems.']
+    note = "Rewards and costs are means over problems."
     if any(not is_missing(row.get("gold_reward")) for row in summary):
-        parts[-1] += " The gold reward comes from a second reward model that no decoder sees."
-    parts[-1] += "</p>"
+        note += " The gold reward comes from a second reward model that no decoder sees."
+    parts += [rows_table(summary, columns), f'<p class="note">{note}</p>']
     if shares := acceleration_shares(results):
         parts.append(
             f'<p class="note">The nabla loop skipped {shares["positions_skipped"]:.0%} of the positions, kept the '
@@ -242,7 +239,7 @@ def _card(line: Line) -> str:
         [
             f'<article class="card {f"is-{verdict}" if verdict else ""}">',
             f"<header><h4>{escape(line['decoder'])}</h4>{badge}</header>",
-            f"<pre>{escape(line['completion'])}</pre>",
+            f"<pre>\n{escape(line['completion'])}</pre>",  # a parser drops the first line break
             f"<p>{answer}{'' if line['finished'] else ', cut off at the maximum length'}</p>",
             f'<p class="note">{" · ".join(numbers)}</p>',
             _trace(line["trace"]),

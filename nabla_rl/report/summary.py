@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from nabla_rl.metrics import wilson_interval
+
+
+Line = Mapping[str, Any]
+"""A line of results.jsonl."""
 
 
 def mean(values: Sequence[float | None]) -> float | None:
@@ -13,13 +18,13 @@ def mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def finished_by_all(results: Sequence[dict], decoders: Sequence[str]) -> list[dict]:
+def finished_by_all(results: Sequence[Line], decoders: Sequence[str]) -> list[Line]:
     """The lines of the problems that every decoder has finished, so that all rows are over the same problems."""
     done = {(row["id"], row["decoder"]) for row in results}
     return [row for row in results if all((row["id"], decoder) in done for decoder in decoders)]
 
 
-def summarise(results: Sequence[dict], decoders: Sequence[str]) -> list[dict]:
+def summarise(results: Sequence[Line], decoders: Sequence[str]) -> list[dict]:
     """One row for each decoder: its accuracy with the 95% Wilson interval, and the means of everything else.
 
     Args:
@@ -57,7 +62,7 @@ def summarise(results: Sequence[dict], decoders: Sequence[str]) -> list[dict]:
     return rows
 
 
-def acceleration_shares(results: Sequence[dict]) -> dict[str, float] | None:
+def acceleration_shares(results: Sequence[Line]) -> dict[str, float] | None:
     """The share of work that each acceleration of ∇-Reasoner saved, over all problems.
 
     Returns:

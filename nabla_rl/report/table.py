@@ -38,7 +38,7 @@ _SUMS = {"calls": ("policy_calls", "reward_calls")}
 _TITLES = {"mean_reward": "reward"}
 _SHORT_TITLES = {"gold_reward": "gold"}
 _TRIVIAL = {"acceptance_rate": 1, "rollouts": 1, "reward_calls": 0}
-"""A column that holds nothing but this value says nothing: every edit is accepted, every decoder draws once, …"""
+"""A column that holds this value alone carries no information, because the decoders cannot have another."""
 
 
 def is_missing(value: object) -> bool:
@@ -48,8 +48,8 @@ def is_missing(value: object) -> bool:
 
 def cell_value(row: Row, column: str) -> Any:
     """The value behind a cell: a key of the row, or the sum of several."""
-    parts = [row.get(name) for name in _SUMS.get(column, ())]
-    return row.get(column) if not parts or any(is_missing(part) for part in parts) else sum(parts)
+    parts: list[Any] = [row.get(name) for name in _SUMS.get(column, ())]
+    return row.get(column) if not parts or any(map(is_missing, parts)) else sum(parts)
 
 
 def format_cell(row: Row, column: str) -> str:
@@ -102,7 +102,7 @@ def format_power(value: float) -> str:
         >>> format_power(162204672.0), format_power(0.0)
         ('1.6e8', '0')
     """
-    return re.sub(r"e\+?(-?)0*", r"e\1", f"{value:.1e}") if value else "0"
+    return re.sub(r"e\+?(-?)0*(\d)", r"e\1\2", f"{value:.1e}") if value else "0"
 
 
 def counted(number: int, noun: str) -> str:
