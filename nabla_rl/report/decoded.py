@@ -32,8 +32,8 @@ COLUMNS = (
 SENTENCES = {
     "greedy": "Takes the policy's likeliest token at every position.",
     "sample": "Draws one completion from the policy.",
-    "best_of_n": "Draws n completions from the policy and keeps the one that scores best with the reward model.",
-    "self_consistency": "Draws n completions from the policy and returns the answer that most of them give.",
+    "best_of_n": "Draws n completions from the policy and chooses one with the help of the reward model.",
+    "self_consistency": "Draws n completions from the policy and returns one with the most frequent answer.",
     "beam": "Extends several partial completions step by step and keeps those of the best prefix value.",
     "mcts": "Searches a tree of partial completions, and expands branches whose rollouts had a high reward.",
     "nabla": "∇-Reasoner visits the completion token by token, lets gradient descent propose a replacement, rolls out "

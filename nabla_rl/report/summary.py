@@ -7,7 +7,6 @@ from typing import Any
 
 from nabla_rl.metrics import wilson_interval
 
-
 Line = Mapping[str, Any]
 """A line of results.jsonl."""
 
