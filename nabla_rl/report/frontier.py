@@ -1,4 +1,4 @@
-"""A frontier: what variants of decoders are worth at each budget, as rows, paired comparisons, a table and plots."""
+"""A frontier: the accuracy of decoder variants at each budget, as rows, paired comparisons, a table and plots."""
 
 from __future__ import annotations
 
@@ -66,18 +66,18 @@ COMPARISON_SHOWN = (
 )
 
 Lines = Mapping[int, Sequence[Mapping[str, Any]]]
-"""A variant's results: for each seed one line for each problem, in one order."""
+"""The results of a variant: one line per problem for each seed, in the same order for every seed."""
 Reading = dict[str, Tensor]
-"""Each of `QUANTITIES`, (problems, seeds), float64; NaN where nothing is known."""
+"""Each of `QUANTITIES`, (problems, seeds), float64; NaN where the value is unknown."""
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's, which the colour-blind can tell apart, without their yellow, which is too light for lines."""
+"""The palette of Okabe and Ito, which the colour-blind can distinguish, without its yellow, which is too pale."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 DASHES = ("-", "--", ":", "-.")
 
 
 def read_at(lines: Lines, budget: Budget) -> Reading:
-    """What a variant had spent and which answers it held when `budget` was used up, by its curves."""
+    """The cost of a variant and its answers at the point of its curves where `budget` was used up."""
     table = [[_quantities(line, budget) for line in column] for column in lines.values()]
     problems = len(table[0]) if table else 0
     values = torch.tensor(table, dtype=torch.float64).reshape(len(table), problems, len(QUANTITIES))
@@ -98,7 +98,7 @@ def _quantities(line: Mapping[str, Any], budget: Budget) -> list[float]:
 
 
 def readable_budgets(lines: Lines, budgets: Sequence[float]) -> list[float] | list[None]:
-    """The budgets that a variant is read at: those that pay for its cheapest answer, within a tenth.
+    """The budgets at which a variant is read: those that pay for its cheapest answer, within a tenth.
 
     [None], its whole curve, where there is no such budget, or where it cannot be stopped early.
     """
@@ -115,9 +115,9 @@ def build_frontier(
     """The whole content of frontier.json.
 
     Args:
-        results: for each variant the lines of its runs, with `curve` and `answers`; all of the same problems.
-        budgets: FLOPs for each problem at which the curves are read.
-        baseline: the variant that the others are compared with; None for no comparisons.
+        results: The lines of each variant's runs, with `curve` and `answers`, over the same problems.
+        budgets: FLOPs per problem at which the curves are read.
+        baseline: The variant that the others are compared with; None for no comparisons.
 
     Returns:
         `problems`, `seeds`, `rows` (see `ROW`: means over problems and seeds at each budget, accuracy with its 95%
@@ -161,7 +161,7 @@ def build_frontier(
 def _compare(
     readings: Sequence[tuple[str, float | None, Reading]], baseline: str, lines: Lines, graded: Tensor
 ) -> list[dict]:
-    """Each reading against the baseline at the same budget, problem by problem."""
+    """Compare each reading with the baseline at the same budget, problem by problem."""
     rows, differences = [], []
     for label, budget, reading in readings:
         limit = _mean(reading["flops"]) if budget is None else budget
@@ -198,7 +198,7 @@ def _known(value: Tensor) -> float | None:
 
 
 def joined_rows(frontier: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows, each with its comparison beside it where there is one."""
+    """The rows, each with its comparison where there is one."""
     comparisons: dict[str, list[Mapping[str, Any]]] = {}
     for entry in frontier["comparisons"]:
         comparisons.setdefault(entry["variant"], []).append(entry)
@@ -212,7 +212,7 @@ def joined_rows(frontier: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def format_frontier(frontier: Mapping[str, Any], *, title: str | None = None) -> Table:
-    """The table for the terminal; a variant's name stands at its first row."""
+    """The table for the terminal, with a variant's name at its first row only."""
     rows, before = [], None
     for row in joined_rows(frontier):
         rows.append({**row, "variant": "" if row["variant"] == before else row["variant"]})
@@ -282,7 +282,7 @@ def _contents(
 
 
 def png_bytes(figure: Figure) -> bytes:
-    """A figure as a PNG file, which says nothing of when and by what it was made."""
+    """A figure as a PNG file without a date or the name of a program."""
     with BytesIO() as buffer:
         figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
         return buffer.getvalue()
@@ -317,7 +317,7 @@ def _by_variant(rows: Sequence[Mapping[str, Any]], *needed: str) -> dict[str, li
 
 
 def style(index: int) -> dict[str, Any]:
-    """Colour, marker and dashes of the index-th variant; no two of the first few dozen look alike."""
+    """Colour, marker and dashes of the index-th variant, different for the first few dozen."""
     turn = index // len(COLOURS)
     return {
         "color": COLOURS[index % len(COLOURS)],
@@ -353,7 +353,7 @@ def _label_ticks(axes: Axes) -> None:
 
 
 def draw_accuracy(rows: Sequence[Mapping[str, Any]], *, against: str, label: str) -> Figure | None:
-    """Accuracy of each variant against what it spent, on a log axis, with 95% bands; None where none is known."""
+    """Draw the accuracy of each variant against its cost on a log axis, with 95% bands; None where none is known."""
     groups = _by_variant(rows, "accuracy", against)
     if not any(groups.values()):
         return None
@@ -381,8 +381,8 @@ def draw_accuracy(rows: Sequence[Mapping[str, Any]], *, against: str, label: str
 
 
 def draw_rewards(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """Gold reward against the reward that decoders climb, from each variant's smallest budget (hollow) to its
-    largest."""
+    """Draw gold reward against the reward that decoders optimise, from each variant's smallest budget (hollow mark) to
+    its largest."""
     groups = _by_variant(rows, "reward", "gold_reward")
     if not any(groups.values()):
         return None
@@ -395,7 +395,7 @@ def draw_rewards(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
         axes.plot(x, y, label=variant, **looks)
         if len(mine) > 1:
             axes.plot(x[:1], y[:1], **{**looks, "linestyle": "none"}, markerfacecolor="white")
-    axes.set(xlabel="reward, which the decoders see", ylabel="gold reward, which none sees")
+    axes.set(xlabel="reward (optimised)", ylabel="gold reward (not optimised)")
     _legend(figure, axes, groups)
     return figure
 
@@ -422,9 +422,9 @@ PLOTS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ),
     (
         "rewards",
-        "Gold reward against reward as the budget grows from the hollow mark: a line that goes right and not up has "
-        "fooled its judge",
+        "Gold reward against reward as the budget grows from the hollow mark; a line that goes right but not up "
+        "exploits errors of the reward model",
         draw_rewards,
     ),
 )
-"""Name of the file, caption, and what draws it; None from a drawing leaves it out."""
+"""Name of the file, caption, and the function that draws it. A function that returns None leaves its plot out."""

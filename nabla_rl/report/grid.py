@@ -1,4 +1,4 @@
-"""A study as a table in the terminal, a CSV file, a figure and one self-contained HTML page."""
+"""A study as a table for the terminal, a CSV file, a figure and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def columns_of(rows: Sequence[Row]) -> list[str]:
 
 
 def format_value(value: Any) -> str:
-    """A cell: four significant digits, "–" where nothing is known."""
+    """The text of a cell, with four significant digits; "–" where the value is unknown."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return MISSING
     if isinstance(value, bool):
@@ -45,7 +45,7 @@ def format_value(value: Any) -> str:
 
 
 def with_intervals(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells, with `x_low` and `x_high` drawn into x."""
+    """Header and cells, with the interval from `x_low` to `x_high` in the cell of x."""
     names = [n for n in columns_of(rows) if not n.endswith(("_low", "_high"))]
     names = [n for n in names if any(row.get(n) is not None for row in rows)]
     cells = []
@@ -60,7 +60,7 @@ def with_intervals(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def claims_table(report: Report, title: str) -> Table:
-    """A line for each claim: what became of it on each landscape."""
+    """The table of the claims, one line each, with the verdict on each landscape."""
     table = Table(title=Text(title))
     columns = [name for name in columns_of(report.claims) if name != "holds"]
     for name in columns:
@@ -76,7 +76,7 @@ def claims_table(report: Report, title: str) -> Table:
 
 
 def rows_table(rows: Sequence[Row], title: str, shown: Sequence[str] = ()) -> Table:
-    """The table itself, or the columns `shown` of it, with their intervals."""
+    """The table of the rows, or of their columns `shown`, with intervals."""
     if shown:
         kept = {f"{name}{end}" for name in shown for end in ("", "_low", "_high")}
         rows = [{name: value for name, value in row.items() if name in kept} for row in rows]
@@ -90,7 +90,7 @@ def rows_table(rows: Sequence[Row], title: str, shown: Sequence[str] = ()) -> Ta
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """The rows as CSV; an empty cell where nothing is known."""
+    """The rows as CSV, with an empty cell where the value is unknown."""
     buffer = StringIO()
     writer = csv.DictWriter(buffer, columns_of(rows), lineterminator="\n")
     writer.writeheader()
@@ -99,7 +99,7 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 
 def to_html(report: Report, title: str, command: str) -> str:
-    """One page that loads nothing: claims, figures, the table."""
+    """The page with claims, figures and the table, which loads nothing from elsewhere."""
     parts = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
@@ -146,15 +146,15 @@ def _style(cell: object) -> str:
 
 
 def write_grid_figure(rows: Sequence[Row], names: Sequence[str], folder: Path) -> list[tuple[str, Path]]:
-    """Accuracy and rewards against what the grid varies: a column for each family, a line for each decoder.
+    """Draw accuracy and rewards against the setting that the grid varies, one column per family, one line per decoder.
 
     Args:
-        rows: lines with intervals.
-        names: what the grid varies; the last one that is no family of problems is the horizontal axis.
-        folder: where the file goes.
+        rows: Rows with intervals.
+        names: The settings that the grid varies; the last one that is no family of problems is the horizontal axis.
+        folder: The folder of the file.
 
     Returns:
-        Caption and path; nothing where there is nothing to vary.
+        Caption and path; an empty list where the grid varies nothing.
     """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -201,7 +201,7 @@ def write_grid_figure(rows: Sequence[Row], names: Sequence[str], folder: Path) -
         figure.savefig(path, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     figure.savefig(path.with_suffix(".png"), dpi=150)
     caption = (
-        f"What {axis_name} changes. Accuracy with 95% Wilson intervals over problems, rewards with 1.96 standard "
-        "errors; gold is a judge that no decoder sees."
+        f"The effect of {axis_name}. Accuracy has 95% Wilson intervals over problems, rewards have 1.96 standard "
+        "errors. The gold reward comes from a second reward model that no decoder sees."
     )
     return [(caption, path)]

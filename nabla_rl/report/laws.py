@@ -1,4 +1,4 @@
-"""The pictures of a measured study: reward and KL of every law, and what becomes of what nobody climbs."""
+"""The figures of a measured study: reward and KL of every distribution, and the measures that no method optimises."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ CURVES: dict[str, tuple[str, str, str]] = {
 }
 TILTED = "tilted"
 STEPS = ("align steps", "distil steps", "dto steps", "nabla rounds")
-"""Curves along a process, of the second figure; all others are laws of the first."""
+"""Curves along a process, shown in the second figure; all others are distributions, shown in the first."""
 
 
 def write_measured_figures(rows: Sequence[Row], folder: Path) -> list[tuple[str, Path]]:
-    """Both figures, for each family of problems.
+    """Draw both figures for each family of problems.
 
     Returns:
         A caption and the SVG's path for each.
@@ -47,18 +47,18 @@ def write_measured_figures(rows: Sequence[Row], folder: Path) -> list[tuple[str,
         mine = [row for row in rows if row["family"] == family]
         if any(row["curve"] not in (*STEPS, "policy", "greedy") for row in mine):
             caption = (
-                f"{family}: what each law gains and how far it has gone from the policy. The line is the best that "
-                "any law can do (tilted policies, from reweighted draws of the policy; faint where more than a tenth "
-                "of the problems rest on fewer than 8 of them). Crosses: 95% intervals over problems. A law without a "
-                "density is a bar from the least KL that its reward needs to the most that its likelihood allows, "
-                "-log π of its answers; a deterministic decoder (a filled mark at the end of its bar) has the upper "
-                "end."
+                f"{family}: the gain of each distribution against its KL from the policy. The line is the best that "
+                "any distribution can reach (tilted policies, from reweighted draws of the policy; faint where more "
+                "than a tenth of the problems rest on fewer than 8 draws). Crosses are 95% intervals over problems. "
+                "A distribution without a density is a bar from the least KL that its reward needs to the largest "
+                "that its likelihood allows, -log π of its answers. A deterministic decoder has the upper end, and a "
+                "filled mark there."
             )
             written.append((caption, _save(_frontier(mine, str(family)), folder / f"reward_kl_{family}.svg")))
         if any(row["curve"] in STEPS for row in mine):
             caption = (
-                f"{family}: the judge that is climbed (horizontal) against the judge that nobody climbs and against "
-                "the truth. Numbers are steps, rollouts or n. A line that turns down is over-optimised."
+                f"{family}: the reward that is optimised (horizontal) against the gold reward, which is not, and "
+                "against accuracy. Numbers are steps, rollouts or n. A line that turns down is over-optimised."
             )
             written.append((caption, _save(_climbing(mine, str(family)), folder / f"over_optimisation_{family}.svg")))
     return written
@@ -87,7 +87,7 @@ def _save(figure, path: Path) -> Path:
 
 
 def _series(rows: Sequence[Row], curve: str) -> list[Row]:
-    """A curve's rows in order of β or steps."""
+    """The rows of a curve in order of β or steps."""
     mine = [row for row in rows if row["curve"] == curve]
     return sorted(mine, key=lambda row: -row["beta"] if row["at"] is None and row["beta"] else row["at"] or 0)
 
@@ -98,8 +98,8 @@ def _error(row: Row, name: str) -> list[list[float]]:
 
 
 def _frontier(rows: Sequence[Row], family: str):
-    metrics = [("reward", "reward (the judge that is climbed)"), ("accuracy", "accuracy")]
-    metrics += [("gold_reward", "gold reward (seen by nobody)")] if rows[0].get("gold_reward") is not None else []
+    metrics = [("reward", "reward (optimised)"), ("accuracy", "accuracy")]
+    metrics += [("gold_reward", "gold reward (not optimised)")] if rows[0].get("gold_reward") is not None else []
     figure, axes = _new(len(metrics))
     for axis, (metric, label) in zip(axes, metrics, strict=True):
         tilted = _series(rows, TILTED)
@@ -122,12 +122,14 @@ def _frontier(rows: Sequence[Row], family: str):
                 _draw(axis, _series(rows, curve), metric, colour, marker, name)
         axis.set(xlabel="KL from the policy, nats a completion", ylabel=label)
     _legend(figure, axes[0])
-    figure.suptitle(f"{family}: what each law gains, and how far it has gone", x=0.01, ha="left", fontsize=13)
+    figure.suptitle(
+        f"{family}: gain of each distribution, and its distance from the policy", x=0.01, ha="left", fontsize=13
+    )
     return figure
 
 
 def _draw(axis, series: Sequence[Row], metric: str, colour: str, marker: str, name: str) -> None:
-    """One curve: laws with a density as points in order, the others as bars between their bounds."""
+    """Draw one curve: distributions with a density as points in order, the others as bars between their bounds."""
     known = [row for row in series if row.get("kl") is not None]
     if len(known) > 1:
         axis.plot([row["kl"] for row in known], [row[metric] for row in known], color=colour, linewidth=1.0, alpha=0.6)
@@ -177,9 +179,9 @@ def _climbing(rows: Sequence[Row], family: str):
                         f"{row['at']:g}", (row["reward"], row[metric]), (6, -9), textcoords="offset points",
                         fontsize=7, color=colour,
                     )  # fmt: skip
-        axis.set(xlabel="reward (the judge that is climbed)", ylabel=label)
+        axis.set(xlabel="reward (optimised)", ylabel=label)
     _legend(figure, axes[0])
-    figure.suptitle(f"{family}: is the truth climbed too?", x=0.01, ha="left", fontsize=13)
+    figure.suptitle(f"{family}: does accuracy rise with the reward?", x=0.01, ha="left", fontsize=13)
     return figure
 
 
