@@ -1,4 +1,4 @@
-"""After how many questions a student has paid for itself: total arithmetic of student and teacher, and the plot."""
+"""The number of questions after which a student has paid for itself, and the plot of both models' total FLOPs."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def amortise(
     student over its accuracy equals teacher over its accuracy at fixed / (a_s / a_t · teacher - student).
 
     Args:
-        fixed: FLOPs spent before the first question: making the data, and training.
+        fixed: FLOPs spent before the first question, on the data and on training.
         student: FLOPs of one answer of the student.
         teacher: FLOPs of one answer of the teacher with its decoder.
-        student_accuracy: share of right answers, where known.
-        teacher_accuracy: the same of the teacher.
+        student_accuracy: The student's share of right answers; None where unknown.
+        teacher_accuracy: The teacher's share of right answers; None where unknown.
 
     Returns:
         The arguments, `crossing` and `crossing_per_right_answer` (questions; None where the student never pays) and
@@ -67,7 +67,7 @@ def amortise(
 
 
 def crossing_point(fixed: float, student: float, teacher: float) -> float | None:
-    """Where fixed + n · student = n · teacher; None where the student costs as much a question as the teacher."""
+    """The n where fixed + n · student = n · teacher; None where the student is no cheaper per question."""
     return fixed / (teacher - student) if teacher > student else None
 
 
@@ -75,8 +75,8 @@ def recovered_share(before: Tensor, after: Tensor, teacher: Tensor, *, seed: int
     """How far a student has come towards its teacher: (after - before) / (teacher - before), over the same problems.
 
     Args:
-        before, after, teacher: whether each problem's answer is right, (problems,).
-        seed: of the bootstrap over problems.
+        before, after, teacher: Whether each problem's answer is right, (problems,).
+        seed: Random seed of the bootstrap over problems.
 
     Returns:
         `value` with the 95% percentile interval `low`, `high`; None where the teacher is no better.
@@ -99,7 +99,7 @@ def _share(means: Tensor) -> Tensor:
 
 
 def draw_amortisation(amortisation: Mapping[str, Any]) -> Figure:
-    """Left: total FLOPs against questions answered. Right: accuracy against FLOPs a question, as these fall."""
+    """Draw total FLOPs against questions answered (left), and accuracy against FLOPs per question (right)."""
     # Slow to import, and only this picture needs it. No pyplot: it keeps global state and may look for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -124,10 +124,10 @@ def draw_amortisation(amortisation: Mapping[str, Any]) -> Figure:
         total.annotate(
             f"{crossing:,.0f} questions", (crossing, curve[0]["teacher_flops"]), (4, 4), textcoords="offset points"
         )
-    total.set(xscale="log", yscale="log", xlabel="questions answered", ylabel="FLOPs in all")
+    total.set(xscale="log", yscale="log", xlabel="questions answered", ylabel="total FLOPs")
     total.legend(frameon=False)
     for axes in others:
-        axes.set(xscale="log", xlabel="FLOPs a question", ylabel="accuracy", ylim=(0, 1))
+        axes.set(xscale="log", xlabel="FLOPs per question", ylabel="accuracy", ylim=(0, 1))
     for axes in (total, *others):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6)

@@ -1,4 +1,4 @@
-"""Learning curves: held-out figures against what the training has cost, over variants and seeds, as rows and plots."""
+"""Learning curves: held-out measures against the cost of training, over variants and seeds, as rows and plots."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FIGURES = ("accuracy", "greedy_accuracy", "reward", "gold_reward", "kl", "objective")
-"""What a curve shows of a policy, each with `<name>_error`, its standard error over problems."""
+"""The measures of a policy, each with `<name>_error`, its standard error over problems."""
 SHARES = (0.25, 0.5, 1.0)
 """Parts of the cheapest variant's FLOPs at which the curves are also read."""
 COLUMNS = (
@@ -29,20 +29,20 @@ COLUMNS = (
 )  # fmt: skip
 
 Run = Sequence[Mapping[str, Any]]
-"""The points of one run in order: `step`, `flops` of the training so far, and figures."""
+"""The points of one run in order: `step`, `flops` of the training so far, and measures."""
 
 
 def build_curves(results: Mapping[str, Mapping[int, Run]]) -> dict[str, Any]:
     """The whole content of curves.json.
 
     Args:
-        results: for each variant the points of its runs by seed.
+        results: The points of each variant's runs, by variant and seed.
 
     Returns:
-        `rows`: for each variant and step the mean over seeds of `flops` and of each of `FIGURES`; `<name>_low` and
-        `<name>_high` are the least and the largest seed's, `<name>_error` is the standard error over the problems
-        (which are the same for all seeds, so that more seeds do not make it smaller). `at_equal_flops`: the same,
-        read off between points along a straight line, where every variant has spent as much.
+        `rows` has the mean over seeds of `flops` and of each of `FIGURES`, for each variant and step; `<name>_low` and
+        `<name>_high` are the smallest and the largest value over seeds, and `<name>_error` is the standard error over
+        problems. The problems are the same for all seeds, so that more seeds do not make it smaller. `at_equal_flops`
+        has the same values where all variants have spent the same FLOPs, interpolated linearly between points.
     """
     rows = [row for label, runs in results.items() for row in _over_seeds(label, runs)]
     curves = {label: [row for row in rows if row["variant"] == label] for label in results}
@@ -74,7 +74,7 @@ def _over_seeds(label: str, runs: Mapping[int, Run]) -> list[dict[str, Any]]:
 
 
 def read_at(curve: Sequence[Mapping[str, Any]], flops: float) -> dict[str, Any]:
-    """A curve's figures where it has spent `flops`, along a straight line between its points.
+    """The measures of a curve where it has spent `flops`, interpolated linearly between its points.
 
     Example:
         >>> read_at([{"flops": 0.0, "accuracy": 0.2}, {"flops": 4.0, "accuracy": 0.6}], 1.0)["accuracy"]
@@ -92,7 +92,7 @@ def read_at(curve: Sequence[Mapping[str, Any]], flops: float) -> dict[str, Any]:
 
 
 def format_curves(curves: Mapping[str, Any], *, title: str) -> Table:
-    """The table for the terminal: each variant's last point, and all at equal FLOPs."""
+    """The table for the terminal, with the last point of each variant, and all variants at equal FLOPs."""
     table = Table(title=title)
     for name in ("variant", "seeds", "step", "FLOPs", "accuracy", "greedy", "reward", "gold reward", "KL"):
         table.add_column(name, justify="left" if name == "variant" else "right")
@@ -108,7 +108,7 @@ def format_curves(curves: Mapping[str, Any], *, title: str) -> Table:
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    """Means, with the range of the seeds where it is one."""
+    """Means over seeds, with their range where the seeds differ."""
     cells = []
     for name in ("accuracy", "greedy_accuracy", "reward", "gold_reward", "kl"):
         value, low, high = row.get(name), row.get(f"{name}_low"), row.get(f"{name}_high")
@@ -120,7 +120,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def write_curves(folder: str | Path, curves: Mapping[str, Any], title: str) -> list[str]:
-    """Write curves.json, curves.csv, the plots as PNG and SVG, and a page; the names of the files."""
+    """Write curves.json, curves.csv, the plots as PNG and SVG, and a page, and return the names of the files."""
     folder, rows = Path(folder), curves["rows"]
     names = ["variant", "seeds", "step", "flops"]
     names += [f"{name}{end}" for name in FIGURES for end in ("", "_low", "_high", "_error")]
@@ -136,10 +136,10 @@ def write_curves(folder: str | Path, curves: Mapping[str, Any], title: str) -> l
     svg = svg_text(figure)
     files |= {"curves.svg": svg, "curves.png": png_bytes(figure)}
     note = (
-        f'<p class="note">{escape(title)}. Bands are from the least to the largest seed. FLOPs are those of the '
-        "training with its rewards; what the evaluations cost is not in them.</p>"
+        f'<p class="note">{escape(title)}. Bands reach from the smallest to the largest value over seeds. FLOPs '
+        "include the training and its rewards, but not the evaluations.</p>"
     )
-    label = "Held-out figures against the FLOPs of training, and reward against KL from the reference"
+    label = "Held-out measures against the FLOPs of training, and reward against KL from the reference"
     contents = [note, figure_block(svg, label), "<h2>Every point</h2>", rows_table(rows, COLUMNS)]
     if curves["at_equal_flops"]:
         shown = ("variant", "flops", "accuracy", "greedy_accuracy", "reward", "gold_reward", "kl")
@@ -153,7 +153,7 @@ def write_curves(folder: str | Path, curves: Mapping[str, Any], title: str) -> l
 
 
 def draw_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Four panels: accuracy, reward and gold reward against FLOPs, and reward against KL, with bands over seeds."""
+    """Draw accuracy, reward and gold reward against FLOPs, and reward against KL, with bands over seeds."""
     # Slow to import, and only this picture needs it. No pyplot: it keeps global state and may look for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -162,9 +162,9 @@ def draw_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
     FigureCanvasAgg(figure)
     panels = (
         ("flops", "accuracy", "FLOPs of training", "accuracy"),
-        ("flops", "reward", "FLOPs of training", "reward, which is trained on"),
-        ("flops", "gold_reward", "FLOPs of training", "gold reward, which is not"),
-        ("kl", "reward", "KL from the reference, nats a completion", "reward, which is trained on"),
+        ("flops", "reward", "FLOPs of training", "reward (trained on)"),
+        ("flops", "gold_reward", "FLOPs of training", "gold reward (not trained on)"),
+        ("kl", "reward", "KL from the reference, nats per completion", "reward (trained on)"),
     )
     labels = list(dict.fromkeys(row["variant"] for row in rows))
     for axes, (across, up, across_label, up_label) in zip(figure.subplots(2, 2).flat, panels, strict=True):

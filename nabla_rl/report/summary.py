@@ -1,29 +1,39 @@
-"""From result lines to the rows of a table."""
+"""From the lines of results.jsonl to the rows of a table."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from nabla_rl.metrics import wilson_interval
 
+Line = Mapping[str, Any]
+"""A line of results.jsonl."""
+
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """Mean of the values that are there; None without any."""
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there) if there else None
+    """The mean of the values that are known; None where none is."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
-def summarise(results: Sequence[dict], decoders: Sequence[str]) -> list[dict]:
-    """One row for each decoder: accuracy with its 95% Wilson interval, and means over problems of everything else.
+def finished_by_all(results: Sequence[Line], decoders: Sequence[str]) -> list[Line]:
+    """The lines of the problems that every decoder has finished, so that all rows are over the same problems."""
+    done = {(row["id"], row["decoder"]) for row in results}
+    return [row for row in results if all((row["id"], decoder) in done for decoder in decoders)]
+
+
+def summarise(results: Sequence[Line], decoders: Sequence[str]) -> list[dict]:
+    """One row for each decoder: its accuracy with the 95% Wilson interval, and the means of everything else.
 
     Args:
-        results: lines of results.jsonl.
-        decoders: the decoders' names, in the order wanted.
+        results: Lines of results.jsonl.
+        decoders: The decoders' names, in the order of the rows.
 
     Returns:
         Rows with decoder, accuracy, accuracy_low, accuracy_high (None where no answer is known), mean_reward,
-        gold_reward, rollouts, policy_calls, reward_calls, flops, seconds (each per problem) and acceptance_rate (of
-        proposals).
+        gold_reward, rollouts, policy_calls, reward_calls, flops, seconds (each a mean over problems) and
+        acceptance_rate (accepted proposals over all proposals).
     """
     rows = []
     for decoder in decoders:
@@ -51,13 +61,13 @@ def summarise(results: Sequence[dict], decoders: Sequence[str]) -> list[dict]:
     return rows
 
 
-def acceleration_shares(results: Sequence[dict]) -> dict[str, float] | None:
-    """What share of ∇-Reasoner's work each acceleration saved, over all problems.
+def acceleration_shares(results: Sequence[Line]) -> dict[str, float] | None:
+    """The share of work that each acceleration of ∇-Reasoner saved, over all problems.
 
     Returns:
-        `positions_skipped`: positions passed without being picked. `tokens_unchanged`: picked positions whose token
-        stayed, so that nothing was rolled out. `gradients_cached`: DTO steps that needed no model. None without ∇
-        results.
+        `positions_skipped`, the share of positions that the selector did not pick; `tokens_unchanged`, the share of
+        picked positions whose token stayed, which saves the rollout; `gradients_cached`, the share of DTO steps that
+        needed no model call. None where the loop did not run.
     """
     counts: dict[str, int] = {}
     for row in results:

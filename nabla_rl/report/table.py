@@ -22,18 +22,24 @@ DEFAULT_COLUMNS = (
     "mean_reward",
     "gold_reward",
     "rollouts",
-    "policy_calls",
-    "reward_calls",
+    "calls",
     "flops",
     "seconds",
 )
-"""`accuracy` shows `accuracy_low` and `accuracy_high` beside it."""
+"""What fits a terminal of 100 columns.
 
-_DECIMALS = {"mean_reward": 2, "reward": 3, "gold_reward": 2, "acceptance_rate": 3}
-_TITLES = {"mean_reward": "reward", "gold_reward": "gold"}
+`accuracy` shows `accuracy_low` and `accuracy_high` beside it, and `calls` adds `policy_calls` and `reward_calls`.
+"""
+
+_DECIMALS = {"mean_reward": 3, "reward": 3, "gold_reward": 3, "acceptance_rate": 3}
 _NAMES = ("decoder", "variant")
 _WITH_INTERVAL = ("accuracy", "difference")
 _POWERS = ("flops", "budget_flops", "baseline_flops")
+_SUMS = {"calls": ("policy_calls", "reward_calls")}
+_TITLES = {"mean_reward": "reward"}
+_SHORT_TITLES = {"gold_reward": "gold"}
+_TRIVIAL = {"acceptance_rate": 1, "rollouts": 1, "reward_calls": 0}
+"""A column that holds this value alone carries no information, because the decoders cannot have another."""
 
 
 def is_missing(value: object) -> bool:
@@ -41,25 +47,31 @@ def is_missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+def cell_value(row: Row, column: str) -> Any:
+    """The value behind a cell: a key of the row, or the sum of several."""
+    parts: list[Any] = [row.get(name) for name in _SUMS.get(column, ())]
+    return row.get(column) if not parts or any(map(is_missing, parts)) else sum(parts)
+
+
 def format_cell(row: Row, column: str) -> str:
-    """What a table shows of `row` under `column`.
+    """The text that a table shows for `row` under `column`.
 
     Args:
-        row: a decoder's summary.
-        column: a key of it; `accuracy` and `difference` take their intervals along.
+        row: A decoder's summary.
+        column: One of its keys, or `calls`. The cells of `accuracy` and `difference` include their intervals.
 
     Returns:
-        The text, "–" where nothing is known.
+        The text; "–" where the value is unknown.
 
     Example:
         >>> format_cell({"accuracy": 0.53125, "accuracy_low": 0.41, "accuracy_high": 0.65}, "accuracy")
         '0.531 [0.41, 0.65]'
         >>> format_cell({"flops": 1.2345e12}, "flops")
-        '1.2e+12'
+        '1.2e12'
         >>> format_cell({"policy_calls": 12345}, "policy_calls")
         '12,345'
     """
-    value = row.get(column)
+    value = cell_value(row, column)
     if is_missing(value):
         return MISSING
     if isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
@@ -73,20 +85,49 @@ def format_cell(row: Row, column: str) -> str:
         interval = "" if is_missing(low) or is_missing(high) else f" [{low:+.3f}, {high:+.3f}]"
         return f"{value:+.3f}{interval}"
     if column in _POWERS:
-        return f"{value:.1e}" if value else "0"
+        return format_power(value)
     if column.endswith("_p"):
         return f"{value:.2g}" if value >= 1e-4 else "<1e-4"
     if column == "seconds":
-        return f"{value:,.1f}" if value >= 10 else f"{value:.3g}"
+        return f"{value:,.1f}" if value >= 1 else f"{value:.2g}"
     if column in _DECIMALS:
         return f"{value:,.{_DECIMALS[column]}f}"
     # Counts, or means of counts.
-    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:,.1f}"
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"
+
+
+def format_power(value: float) -> str:
+    """A large number with two digits and its power of ten.
+
+    Example:
+        >>> format_power(162204672.0), format_power(0.0)
+        ('1.6e8', '0')
+    """
+    return re.sub(r"e\+?(-?)0*(\d)", r"e\1\2", f"{value:.1e}") if value else "0"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, in the singular for one.
+
+    Example:
+        >>> counted(1, "edit"), counted(0, "edit"), counted(1200, "problem")
+        ('1 edit', '0 edits', '1,200 problems')
+    """
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def present_columns(rows: Sequence[Row], columns: Sequence[str] = DEFAULT_COLUMNS) -> list[str]:
-    """The columns for which some row has a value, in the order given."""
-    return [column for column in columns if any(not is_missing(row.get(column)) for row in rows)]
+    """The columns that carry information, in the order given.
+
+    A column is left out where no row has a value for it, or where every row that has one has the value that the column
+    cannot help having, such as an acceptance rate of 1 for a decoder that accepts every edit.
+    """
+    kept = []
+    for column in columns:
+        values = [value for row in rows if not is_missing(value := cell_value(row, column))]
+        if values and any(value != _TRIVIAL.get(column) for value in values):
+            kept.append(column)
+    return kept
 
 
 def column_title(column: str) -> str:
@@ -94,18 +135,13 @@ def column_title(column: str) -> str:
     return _TITLES.get(column) or re.sub(r"\bflops\b", "FLOPs", column.replace("_", " "))
 
 
-def counted(number: int, noun: str) -> str:
-    """A number of things in words: 1 edit, 2 edits."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
 def format_table(rows: Sequence[Row], columns: Sequence[str] = DEFAULT_COLUMNS, *, title: str | None = None) -> Table:
     """A table for the terminal, one line per decoder.
 
     Args:
-        rows: the summaries, in the order to show them.
-        columns: the keys to show, in order; `present_columns` leaves out those that say nothing.
-        title: a line above the table.
+        rows: The summaries, in the order of the table.
+        columns: The keys to show, in order; those that `present_columns` finds empty are left out.
+        title: A line above the table; null for none.
 
     Returns:
         The table, to be printed by a `rich.console.Console`.
@@ -114,10 +150,12 @@ def format_table(rows: Sequence[Row], columns: Sequence[str] = DEFAULT_COLUMNS, 
     table = Table(
         title=None if title is None else Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
+    columns = present_columns(rows, columns)
     for column in columns:
         left = column in _NAMES
         whole = left or column in _WITH_INTERVAL
-        table.add_column(Text(column_title(column)), justify="left" if left else "right", no_wrap=whole)
+        heading = _SHORT_TITLES.get(column) or column_title(column)
+        table.add_column(Text(heading), justify="left" if left else "right", no_wrap=whole)
     for row in rows:
         table.add_row(*(Text(format_cell(row, column)) for column in columns))
     return table

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nabla_rl.metrics import wilson_interval
-from nabla_rl.report.summary import acceleration_shares, mean, summarise
+from nabla_rl.report.summary import acceleration_shares, finished_by_all, mean, summarise
 
 KEYS = (
     "decoder accuracy accuracy_low accuracy_high mean_reward gold_reward rollouts policy_calls reward_calls flops "
@@ -64,7 +64,7 @@ def test_means_are_per_problem_and_the_interval_is_wilson_s():
     assert all(type(row[key]) is float for key in ("accuracy", "accuracy_low", "accuracy_high"))
 
 
-def test_without_answers_and_judges_there_is_no_accuracy_and_no_reward():
+def test_without_answers_and_reward_models_there_is_no_accuracy_and_no_reward():
     (row,) = summarise([line("a", correct=None, reward=None, gold_reward=None)], ["greedy"])
     for key in ("accuracy", "accuracy_low", "accuracy_high", "mean_reward", "gold_reward"):
         assert row[key] is None
@@ -84,6 +84,13 @@ def test_acceptance_rate_is_over_proposals_not_over_problems():
 def test_a_decoder_without_lines_has_a_row_of_nothing():
     (row,) = summarise([], ["greedy"])
     assert row == dict.fromkeys(KEYS) | {"decoder": "greedy"}
+
+
+def test_only_problems_that_every_decoder_has_finished_count():
+    first, second, third = line("a"), line("b", "nabla"), line("b")
+    assert finished_by_all([first, second, third], ["greedy", "nabla"]) == [second, third]
+    assert finished_by_all([first, second, third], ["greedy"]) == [first, second, third]
+    assert finished_by_all([], ["greedy"]) == []
 
 
 def test_acceleration_shares():
