@@ -78,7 +78,7 @@ def as_problems(
         UserError: There is none, one is no text, or two have one id.
     """
     if isinstance(given, Path) or (isinstance(given, str) and (given.endswith(".jsonl") or Path(given).is_file())):
-        problems = read_jsonl(given)[0]
+        problems = read_jsonl(given, argument=argument)[0]
     else:
         listed = [given] if isinstance(given, (str, Problem)) else list(given)
         problems = []
@@ -94,12 +94,15 @@ def as_problems(
     return problems if limit is None else problems[:limit]
 
 
-def read_jsonl(path: str | Path, *, skip_bad: bool = False) -> tuple[list[Problem], list[str]]:
+def read_jsonl(
+    path: str | Path, *, skip_bad: bool = False, argument: str = "data.path"
+) -> tuple[list[Problem], list[str]]:
     """Read problems from a JSONL file with fields `id`, `problem` and optionally `answer` and `solution`.
 
     Args:
         path: the file; one JSON object per line, blank lines ignored. A missing `id` becomes the line number.
         skip_bad: leave malformed lines out (their complaints are returned) instead of refusing the file.
+        argument: The setting that errors are about.
 
     Returns:
         The problems in file order, and one complaint per line left out.
@@ -110,14 +113,14 @@ def read_jsonl(path: str | Path, *, skip_bad: bool = False) -> tuple[list[Proble
     path = Path(path)
     if not path.is_file():
         found = "a folder" if path.is_dir() else "nothing"
-        raise UserError("data.path", "a JSONL file", f"{found} at '{path}'", "Check the path.")
+        raise UserError(argument, "a JSONL file", f"{found} at '{path}'", "Check the path.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise UserError(f"{path}, line {line}", "text in UTF-8", "a byte that is none", "Convert the file.") from error
     except OSError as error:
-        raise UserError("data.path", f"a JSONL file at '{path}'", str(error.strerror), "Check the path.") from error
+        raise UserError(argument, f"a JSONL file at '{path}'", str(error.strerror), "Check the path.") from error
     problems: list[Problem] = []
     bad: list[tuple[int, tuple[str, str]]] = []
     seen: dict[str, int] = {}
