@@ -57,8 +57,8 @@ def main() -> None:
     for name, width in TOKENS.items():
         problems = list(islice(generate(FAMILIES[name], "validation", 0), asked.problems))
         batches = [problems[at : at + asked.batch_size] for at in range(0, len(problems), asked.batch_size)]
-        policy = load_policy(PolicyOptions("tiny-policy"), family=name, device=cpu)
-        reward = load_reward(RewardOptions("tiny-reward"), family=name, device=cpu)
+        policy = load_policy(f"{name}/tiny-policy", device=cpu)
+        reward = load_reward(f"{name}/tiny-reward", device=cpu)
         assert reward is not None
         decoders: dict[str, AbstractDecoder] = {
             "greedy": Greedy(Sampling(0.0, max_new_tokens=width)),

@@ -31,7 +31,7 @@ class LoraOptions:
     lora_alpha: int = 32
     """Scale of the update, which is multiplied by lora_alpha / r."""
     target_modules: list[str] | str = ALL_LINEAR
-    """Names, or ends of names, of the linear layers that are adapted; all-linear is all but the output layer."""
+    """Linear layers adapted, by name or end of name; all-linear is all but the output layer."""
 
     def __post_init__(self) -> None:
         """Check the values."""
