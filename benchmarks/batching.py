@@ -1,4 +1,4 @@
-"""∇-Reasoner on many problems side by side against the same problems one at a time, with the embedded models.
+"""A decoder on many problems side by side against the same problems one at a time, with the embedded models.
 
 Both give the same answers, which is checked: the share of problems whose whole result (tokens and rollouts tried) is
 equal is printed. The figure is the median ratio over interleaved repetitions in one run, of the process's own seconds
@@ -18,17 +18,14 @@ import time  # noqa: E402
 
 import torch  # noqa: E402
 from _common import parser, ratio, table, write_json  # noqa: E402
-from nabla_rl.decoding.presets import NablaOptions  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
-from nabla_rl.data.problems import extract_line  # noqa: E402
+from nabla_rl.data.problems import Problem  # noqa: E402
 from nabla_rl.data.tiny import FAMILIES, generate  # noqa: E402
-from nabla_rl.decoding.base import Decoded, Sampling  # noqa: E402
-from nabla_rl.decoding.module import Decoding  # noqa: E402
-from nabla_rl.dto import DTOConfig  # noqa: E402
+from nabla_rl.decoding import DECODERS, Decoded, Sampling, Setting  # noqa: E402
 from nabla_rl.ledger import Ledger  # noqa: E402
-from nabla_rl.models.loading import ASSETS, PolicyOptions, RewardOptions, load_classifier, load_policy  # noqa: E402
-from nabla_rl.rewards.sequence_classifier import SequenceClassifierReward  # noqa: E402
+from nabla_rl.models.loading import ASSETS, load_policy  # noqa: E402
+from nabla_rl.rewards.loading import load_reward  # noqa: E402
 
 GOAL = 3
 
@@ -54,8 +51,7 @@ def main() -> None:
     options.add_argument("--family", choices=sorted(FAMILIES), default="words")
     options.add_argument("--problems", type=int, default=64)
     options.add_argument(
-        "--loop", choices=("edits", "published"), default="edits",
-        help="edits: what decode.py runs by default; published: one token after the other, by twenty steps of DTO",
+        "--decoder", choices=sorted(DECODERS), default="edit_search", help="which decoder is batched",
     )  # fmt: skip
     options.add_argument("--repetitions", type=int, default=3)
     options.add_argument("--wall", action="store_true", help="measure wall-clock time: for a machine of one's own")
@@ -68,19 +64,20 @@ def main() -> None:
     args.family = choose_family(args.family)
     family, device = FAMILIES[args.family], torch.device("cpu")
     disable_progress_bar()
-    policy = load_policy(PolicyOptions(), family=args.family, device=device)
-    reward = SequenceClassifierReward(*load_classifier(RewardOptions(), family=args.family, device=device))
+    policy = load_policy(f"{args.family}/tiny-policy", device=device)
+    reward = load_reward(f"{args.family}/tiny-reward", device=device)
     problems = list(itertools.islice(generate(family, "validation", 0), args.problems))
     sampling = Sampling(max_new_tokens=family.max_new_tokens)
-    published = NablaOptions(loop="published", dto=DTOConfig(), sweeps=1, min_entropy=0.25)
-    nabla = NablaOptions() if args.loop == "edits" else published
-    decoder = Decoding(decoders=["nabla"], sampling=sampling, nabla=nabla).build_decoder("nabla", extract_line)
+    decoder = DECODERS[args.decoder]()
+
+    def decode(some: list[Problem]) -> list[Decoded]:
+        return decoder.decode(some, Setting(policy, reward, Ledger(len(some)), sampling=sampling))
 
     def batched() -> list[Decoded]:
-        return decoder.decode(problems, policy, reward, Ledger(len(problems)))
+        return decode(problems)
 
     def one_at_a_time() -> list[Decoded]:
-        return [decoder.decode([problem], policy, reward, Ledger(1))[0] for problem in problems]
+        return [decode([problem])[0] for problem in problems]
 
     if args.profile:
         profile(batched, args)
@@ -89,7 +86,7 @@ def main() -> None:
     works = {"one at a time": one_at_a_time, "batched": batched}
     times: dict[str, list[float]] = {name: [] for name in works}
     results = {}
-    decoder.decode(problems[:2], policy, reward, Ledger(2))  # warm-up
+    decode(problems[:2])  # warm-up
     for repetition in range(args.repetitions):
         for name in list(works)[:: 1 if repetition % 2 == 0 else -1]:
             start = clock()
@@ -101,7 +98,7 @@ def main() -> None:
     )
     middle, low, high = ratio(times, "one at a time", "batched")
     print(
-        f"∇-Reasoner ({args.loop}) on {args.problems} problems of '{args.family}'; "
+        f"{args.decoder} on {args.problems} problems of '{args.family}'; "
         f"{torch.get_num_threads()} thread(s), {args.repetitions} repetitions, "
         f"{'wall' if args.wall else 'process'} time"
     )

@@ -32,7 +32,7 @@ from _common import build_objective, parser, policy_and_reward, random_ids, tabl
 
 from nabla_rl import dto  # noqa: E402
 from nabla_rl.data.problems import Problem  # noqa: E402
-from nabla_rl.decoding.base import Sampling  # noqa: E402
+from nabla_rl.decoding.base import Sampling, Setting  # noqa: E402
 from nabla_rl.decoding.nabla import Nabla  # noqa: E402
 from nabla_rl.decoding.objective import choose_support, gradient_candidates  # noqa: E402
 from nabla_rl.decoding.probing import GRADIENT_CANDIDATES  # noqa: E402
@@ -145,11 +145,11 @@ def optimise(policy, reward, prompt: int, length: int, k: int | None):
 def decode(policy, reward, prompt: int, length: int, k: int | None):
     policy.eos_ids.fill_(-1)  # completions run to the maximum length
     sampling, config = Sampling(temperature=1.0, max_new_tokens=length), DTOConfig(num_steps=4)
-    decoder = Nabla(dto=config, max_rollouts=2, min_entropy=0.0, support=k, sampling=sampling)
+    decoder = Nabla(dto=config, max_rollouts=2, min_entropy=0.0, support=k)
     problem = Problem("0", "abcdefgh" * (prompt // 8))
 
     def work() -> None:
-        result = decoder.decode([problem], policy, reward, Ledger(1))[0]
+        result = decoder.decode([problem], Setting(policy, reward, Ledger(1), sampling=sampling))[0]
         assert len(result.rollouts) == 2 and len(result.ids) == length
 
     return work

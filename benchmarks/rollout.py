@@ -23,22 +23,28 @@ from _common import parser, write_json  # noqa: E402
 
 from nabla_rl.data.problems import Problem  # noqa: E402
 from nabla_rl.data.tiny import FAMILIES, generate  # noqa: E402
-from nabla_rl.decoding import AbstractDecoder, BestOfN, Decoded, EditSearch, Greedy, Sampling  # noqa: E402
-from nabla_rl.decoding.module import load_reward  # noqa: E402
+from nabla_rl.decoding import AbstractDecoder, BestOfN, Decoded, EditSearch, Greedy, Sampling, Setting  # noqa: E402
 from nabla_rl.ledger import Ledger  # noqa: E402
-from nabla_rl.models.loading import PolicyOptions, RewardOptions, load_policy  # noqa: E402
+from nabla_rl.models.loading import load_policy  # noqa: E402
 from nabla_rl.models.policy import Policy  # noqa: E402
 from nabla_rl.rewards.base import AbstractReward  # noqa: E402
+from nabla_rl.rewards.loading import load_reward  # noqa: E402
 
 TOKENS = {"words": 88, "sorting": 20}
 
 
 def timed(
-    decoder: AbstractDecoder, batches: list[list[Problem]], policy: Policy, reward: AbstractReward
+    decoder: AbstractDecoder,
+    batches: list[list[Problem]],
+    policy: Policy,
+    reward: AbstractReward,
+    sampling: Sampling,
 ) -> tuple[float, list[Decoded]]:
     """CPU seconds a problem, and the answers."""
     start = time.process_time()
-    found = [one for batch in batches for one in decoder.decode(batch, policy, reward, Ledger(len(batch)))]
+    found: list[Decoded] = []
+    for batch in batches:
+        found += decoder.decode(batch, Setting(policy, reward, Ledger(len(batch)), sampling=sampling))
     return (time.process_time() - start) / len(found), found
 
 
@@ -61,13 +67,11 @@ def main() -> None:
         reward = load_reward(f"{name}/tiny-reward", device=cpu)
         assert reward is not None
         decoders: dict[str, AbstractDecoder] = {
-            "greedy": Greedy(Sampling(0.0, max_new_tokens=width)),
-            "edit search": EditSearch(
-                "value", min_drop=0.05, min_score=0.0, acceptance="prefix",
-                sampling=Sampling(0.0, max_new_tokens=width),
-            ),
-            "best-of-8": BestOfN(8, sampling=Sampling(max_new_tokens=width)),
-        }  # fmt: skip
+            "greedy": Greedy(),
+            "edit search": EditSearch(),
+            "best-of-8": BestOfN(8),
+        }
+        sampling = Sampling(max_new_tokens=width)
 
         for label, decoder in decoders.items():
             seconds: dict[bool, list[float]] = {True: [], False: []}
@@ -75,7 +79,7 @@ def main() -> None:
             for _ in range(asked.repeats):
                 for short in (True, False):
                     handle = None if short else policy.backbone.base.register_forward_hook(lambda *_: None)
-                    spent, answers[short] = timed(decoder, batches, policy, reward)
+                    spent, answers[short] = timed(decoder, batches, policy, reward, sampling)
                     seconds[short].append(spent)
                     if handle is not None:
                         handle.remove()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -22,13 +21,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from _common import interleave, parser, table, write_json  # noqa: E402
-from nabla_rl.decoding.presets import ONE_STEP, PREFIX_VALUES  # noqa: E402
 
 from nabla_rl.data.tiny import FAMILIES, generate  # noqa: E402
-from nabla_rl.decoding import AbstractDecoder, BestOfN, EditSearch, Greedy, Nabla, Sampling  # noqa: E402
-from nabla_rl.decoding.module import load_reward  # noqa: E402
+from nabla_rl.decoding import AbstractDecoder, BestOfN, EditSearch, Greedy, Nabla, Sampling, Setting  # noqa: E402
 from nabla_rl.ledger import Ledger, Stopwatch  # noqa: E402
-from nabla_rl.models.loading import PolicyOptions, RewardOptions, load_policy  # noqa: E402
+from nabla_rl.models.loading import load_policy  # noqa: E402
+from nabla_rl.rewards.loading import load_reward  # noqa: E402
 
 TOKENS = {"words": 88, "sorting": 20}
 TEMPERATURE = {"words": 0.8, "sorting": 1.0}
@@ -56,21 +54,20 @@ def main() -> None:
     torch.set_num_threads(1)
     cpu = torch.device("cpu")
     problems = list(islice(generate(FAMILIES[asked.family], "validation", 0), asked.problems))
-    policy = load_policy(PolicyOptions("tiny-policy"), family=asked.family, device=cpu)
-    reward = load_reward(RewardOptions("tiny-reward"), family=asked.family, device=cpu)
+    policy = load_policy(f"{asked.family}/tiny-policy", device=cpu)
+    reward = load_reward(f"{asked.family}/tiny-reward", device=cpu)
     sampling = Sampling(TEMPERATURE[asked.family], max_new_tokens=TOKENS[asked.family])
-    edits = {name: value for name, value in vars(PREFIX_VALUES).items() if name != "temperature"}
     decoders: dict[str, AbstractDecoder] = {
-        "greedy": Greedy(sampling),
-        "best-of-8": BestOfN(8, sampling=sampling),
-        "default": EditSearch(**edits, sampling=replace(sampling, temperature=PREFIX_VALUES.temperature)),
-        "published loop": Nabla(dto=ONE_STEP, sampling=sampling),
+        "greedy": Greedy(),
+        "best-of-8": BestOfN(8),
+        "edit search": EditSearch(),
+        "∇-Reasoner": Nabla(),
     }
     spent: dict[str, dict[str, float]] = {}
 
     def run(name: str) -> None:
         ledger, watch = Ledger(len(problems)), Stopwatch(cpu)
-        decoders[name].decode(problems, policy, reward, ledger)
+        decoders[name].decode(problems, Setting(policy, reward, ledger, sampling=sampling))
         spent[name] = shares(ledger, watch.seconds())
 
     times = interleave({name: lambda name=name: run(name) for name in decoders}, asked.repeats, cpu, warmup=1)
