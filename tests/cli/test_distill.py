@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -263,7 +264,7 @@ def test_another_configuration_leaves_the_folder_alone(whole, models, capsys):
 
 def other_student(folder: Path) -> Path:
     """A student whose tokenizer has the letters in another order."""
-    tokenizer = toys_hf.tokenizer()
+    tokenizer = copy.deepcopy(toys_hf.tokenizer())  # the original is shared by all tests
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     vocabulary = content["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
